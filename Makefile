@@ -1,0 +1,55 @@
+# Two commands do all the set-up on a fresh machine: make demo, make test. Both need Python 3.11 or newer and a package
+# index. make check also needs Node.
+PYTHON ?= python3
+BIN := .venv/bin
+BUF := npx --yes @bufbuild/buf@1.75.0
+
+.PHONY: help demo test check proto lint types breaking format slow clean
+help: ## What there is to make
+	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
+
+# The version check gives a sentence instead of a traceback of pip's.
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "QuerySelect needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.demo: .venv/.python pyproject.toml constraints.txt
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[service,simulate]'
+	@touch $@
+
+.venv/.dev: .venv/.python pyproject.toml constraints.txt
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ .venv/.demo
+
+demo: .venv/.demo ## A real active-learning loop on real images, and demo/report.html
+	$(BIN)/python -m demo
+
+test: .venv/.dev ## The test suite; needs nothing but Python
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+check: .venv/.dev lint types ## Lint, types, generated code in sync, proto lint and breaking check
+	scripts/proto --check
+	$(BUF) lint proto
+	$(BUF) breaking proto --against proto/released.binpb
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+format: .venv/.dev ## Formats the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: ## Generates the Python code from proto/
+	scripts/proto
+
+slow: .venv/.dev ## What needs other tools or time
+	$(BIN)/python -m pytest -m slow
+
+clean: ## Removes what make made
+	rm -rf .venv .venv-proto demo/report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis

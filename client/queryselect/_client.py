@@ -1,0 +1,276 @@
+"""The client: one object per server, safe to share between threads."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any, Self, TypedDict, Unpack
+
+import grpc
+from google.protobuf.message import Message
+from tqdm import tqdm
+
+from queryselect._errors import Busy, Cancelled, DataLoss, DeadlineExceeded, QuerySelectError
+from queryselect._picks import Picks, from_response
+from queryselect._request import Prepared, prepare
+from queryselect._transport import Cancel, InProcess, Remote, Transport
+from queryselect.v1 import server_pb2, strategy_pb2
+
+#: Called with the phase, the work done and the work in all (None where unknown).
+ProgressCallback = Callable[[str, int, int | None], Any]
+
+#: The first wait before trying again and the longest, in seconds; it doubles in between.
+BACKOFF, LONGEST_BACKOFF = 0.1, 5.0
+
+
+class Inputs(TypedDict, total=False):
+    """What a selection may be given, by the names and shapes of the proto's Pool.
+
+    N rows of the pool, D embedding dimensions, C classes, K parameter samples, P gradient entries. Arrays may be numpy,
+    torch, pandas, or anything with __array__ or __dlpack__. Lists of rows are boolean masks (N) or integer row numbers.
+    """
+
+    embeddings: Any  # (N, D)
+    probabilities: Any  # (N, C)
+    logits: Any  # (N, C), preferred over probabilities
+    samples: Any  # (N, K, C)
+    samples_kind: str  # PROBABILITIES, LOG_PROBABILITIES or LOGITS
+    gradients: Any  # (N, P)
+    scales: Sequence[Mapping[str, Any]]
+    head_weights: Any  # (C, D)
+    head_bias: Any  # (C,)
+    utilities: Any  # (N,)
+    weights: Any  # (N,)
+    clusters: Any  # (N,)
+    pseudo_labels: Any  # (N,)
+    labeled: Any  # rows with labels: context, not chosen
+    labels: Any  # (L,), in the order of labeled
+    pending: Any  # rows out with annotators: context, not chosen
+    excluded: Any  # rows treated as deleted
+    candidates: Any  # the only rows that may be chosen
+    costs: Any  # (N,)
+    quotas: Sequence[Mapping[str, Any]]
+    item_rows: Any  # (N,)
+    item_aggregation: str
+    item_top_k: int
+    ids: Any  # (N,), the caller's names for the rows; they stay here
+    num_rows: int
+    model: str
+    inputs: Mapping[str, Any]
+    reference: Mapping[str, Any]
+    references: Sequence[Mapping[str, Any]]
+
+
+class Options(Inputs, total=False):
+    """What a selection may be told, beside its inputs."""
+
+    cost_budget: float
+    min_gain: float
+    params: Mapping[str, Any]  # parameters of a strategy given by name
+    task: str  # MULTICLASS (default) or MULTILABEL
+    seed: int
+    return_pool_scores: bool
+    returns: Sequence[str]  # POOL_SCORES, PSEUDO_LABELS, MODEL_OUTPUTS
+    validate_only: bool
+    request_id: str
+    timeout: float  # seconds, over all tries
+    progress: bool | ProgressCallback
+
+
+class Job:
+    """A selection that runs in the background."""
+
+    def __init__(self, work: Callable[[Cancel], Picks]) -> None:
+        self._cancel, self._done = Cancel(), threading.Event()
+        self._picks: Picks | None = None
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, args=(work,), name="queryselect-job", daemon=True).start()
+
+    def _run(self, work: Callable[[Cancel], Picks]) -> None:
+        try:
+            self._picks = work(self._cancel)
+        except BaseException as error:  # noqa: BLE001  # handed to whoever asks for the result
+            self._error = error
+        finally:
+            self._done.set()
+
+    def cancel(self) -> None:
+        """Stops the selection, here and on the server; result() then raises Cancelled."""
+        self._cancel.cancel()
+
+    def done(self) -> bool:
+        """Whether result() would return at once."""
+        return self._done.is_set()
+
+    def result(self, timeout: float | None = None) -> Picks:
+        """The picks. Raises what the selection raised, or TimeoutError after `timeout` seconds of waiting."""
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"no picks within {timeout} s; the selection goes on")
+        if self._error is not None:
+            raise self._error
+        assert self._picks is not None  # one of the two is set
+        return self._picks
+
+
+class Client:
+    """A QuerySelect server, or with target "local:" the same service in this process.
+
+    token: a bearer token. tls: True for the system's roots, or grpc.ChannelCredentials. timeout: the default for every
+    call, in seconds. retries: how often a call that failed for a passing reason is tried again.
+
+    >>> import numpy as np
+    >>> with Client("local:") as client:
+    ...     client.select("k_center_greedy", budget=2, embeddings=np.eye(3), labeled=[0]).indices
+    array([1, 2])
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        token: str | None = None,
+        tls: bool | grpc.ChannelCredentials | None = None,
+        timeout: float | None = None,
+        retries: int = 3,
+    ) -> None:
+        self._transport: Transport = (
+            InProcess() if target.startswith("local:") else Remote(target, token=token, tls=tls)
+        )
+        self._timeout, self._retries = timeout, retries
+        self._lock = threading.Lock()
+        self._described: dict[str, strategy_pb2.StrategyDescription] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; running calls are cancelled."""
+        self._transport.close()
+
+    def select(self, strategy: str | Message, budget: int | None = None, **options: Unpack[Options]) -> Picks:
+        """The `budget` rows that people should label next, in the order of choice.
+
+        strategy: a message such as Margin(), or its canonical name such as "margin" with `params`. The other arguments
+        are those of Inputs and Options. Ctrl-C cancels the selection on the server.
+        Raises QuerySelectError (InvalidInput, a ValueError, for what is wrong with the call).
+        """
+        job = self.submit(strategy, budget, **options)
+        try:
+            return job.result()
+        except KeyboardInterrupt:
+            job.cancel()
+            raise
+
+    def submit(self, strategy: str | Message, budget: int | None = None, **options: Unpack[Options]) -> Job:
+        """The same in the background. Raises InvalidInput at once for what can be seen from here."""
+        given: dict[str, Any] = dict(options)
+        timeout = given.pop("timeout", self._timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        progress = given.pop("progress", False)
+        returns = list(given.pop("returns", ()))
+        if given.pop("return_pool_scores", False) and "POOL_SCORES" not in returns:
+            returns.append("POOL_SCORES")
+        prepared = prepare(
+            strategy,
+            params=given.pop("params", None),
+            stop={
+                "max_items": budget,
+                "max_cost": given.pop("cost_budget", None),
+                "min_gain": given.pop("min_gain", None),
+            },
+            task=given.pop("task", None),
+            seed=given.pop("seed", 0),
+            returns=returns,
+            validate_only=given.pop("validate_only", False),
+            request_id=given.pop("request_id", None),
+            descriptions=self._descriptions(timeout),
+            inputs=given,
+        )
+        return Job(lambda cancel: self._run(prepared, deadline, cancel, _show(progress, budget)))
+
+    def strategies(self) -> list[strategy_pb2.StrategyDescription]:
+        """What the server can run: each strategy with its inputs, parameters, cost and paper."""
+        return list(self._transport.list_strategies(self._timeout).strategies)
+
+    def server_info(self) -> server_pb2.GetServerInfoResponse:
+        """The server's version, devices and limits."""
+        return self._transport.server_info(self._timeout)
+
+    def _descriptions(self, timeout: float | None) -> dict[str, strategy_pb2.StrategyDescription]:
+        """What each strategy reads; asked once. Empty, and asked again, while the server is not there."""
+        with self._lock:
+            if self._described is None:
+                try:
+                    listed = self._transport.list_strategies(timeout).strategies
+                except QuerySelectError:
+                    return {}  # the selection itself will tell what is wrong, and retries
+                self._described = {each.name: each for each in listed}
+            return self._described
+
+    def _run(
+        self, prepared: Prepared, deadline: float | None, cancel: Cancel, show: AbstractContextManager[ProgressCallback]
+    ) -> Picks:
+        """Tries until it works, retrying what may pass."""
+        with show as report:
+            budget = prepared.message.stop.max_items
+            report("selecting", 0, budget)
+            for tried in range(self._retries + 1):
+                if cancel.event.is_set():
+                    raise Cancelled("the call was cancelled")
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise DeadlineExceeded("the timeout passed before the answer came")
+                try:
+                    message = self._transport.select(prepared, left, cancel)
+                    break
+                except QuerySelectError as error:
+                    wait = _wait(error, tried)
+                    once = isinstance(error, DataLoss) and tried > 0
+                    late = deadline is not None and time.monotonic() + wait > deadline
+                    if not error.retryable or once or late or tried == self._retries:
+                        raise
+                cancel.event.wait(wait)
+            report("selecting", budget, budget)
+            return from_response(message, prepared.ids)
+
+
+def _wait(error: QuerySelectError, tried: int) -> float:
+    """Seconds until the next try: what the server asked for, or a doubling wait; jitter keeps clients apart."""
+    if isinstance(error, Busy) and error.retry_after:
+        return error.retry_after * random.uniform(1.0, 1.2)  # noqa: S311  # no secret
+    return float(min(LONGEST_BACKOFF, BACKOFF * 2**tried) * random.uniform(0.5, 1.0))  # noqa: S311
+
+
+def _show(progress: bool | ProgressCallback, budget: int | None) -> AbstractContextManager[ProgressCallback]:
+    """What is told how far a selection is: nobody, the caller's function, or a bar."""
+    if callable(progress):
+        return nullcontext(progress)
+    return _Bar(budget) if progress else nullcontext(lambda *_: None)
+
+
+class _Bar:
+    """A tqdm bar over the picks of one selection."""
+
+    def __init__(self, budget: int | None) -> None:
+        self._budget = budget
+
+    def __enter__(self) -> ProgressCallback:
+        self._bar = tqdm(total=self._budget, unit="pick")
+        return self._update
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def _update(self, phase: str, done: int, total: int | None) -> None:
+        self._bar.set_description(phase)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)

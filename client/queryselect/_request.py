@@ -1,0 +1,243 @@
+"""From keyword arguments to a SelectRequest and the arrays that go with it.
+
+The messages' own descriptors drive this: an argument is a field of Pool, by name, and a new field needs no code here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from queryselect._arrays import WireArray, to_wire
+from queryselect._errors import InvalidInput
+from queryselect.v1 import selection_pb2, strategy_pb2, tensor_pb2
+
+ROW_LISTS = ("labeled", "pending", "excluded", "candidates")
+#: Tensors of the pool that every strategy may need: never left out.
+ALWAYS = (*ROW_LISTS, "costs", "item_rows")
+#: Tensors of the pool whose first dimension is not N.
+NOT_PER_ROW = ("head_weights", "head_bias", "labels", *ROW_LISTS)
+_FIELDS = selection_pb2.Pool.DESCRIPTOR.fields_by_name
+
+
+@dataclass
+class Prepared:
+    """A request whose tensors are marked as streamed, the arrays by path, and the caller's ids."""
+
+    message: selection_pb2.SelectRequest
+    arrays: dict[str, WireArray] = field(default_factory=dict)
+    ids: Any = None
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all arrays."""
+        return sum(array.data.nbytes for array in self.arrays.values())
+
+    def inline(self) -> selection_pb2.SelectRequest:
+        """The request with every array inside."""
+        for path, array in self.arrays.items():
+            _tensor_at(self.message, path).data = array.data.tobytes()
+        return self.message
+
+
+def prepare(
+    strategy: str | Message,
+    inputs: Mapping[str, Any],
+    *,
+    params: Mapping[str, Any] | None,
+    descriptions: Mapping[str, strategy_pb2.StrategyDescription],
+    stop: Mapping[str, Any],
+    task: str | None,
+    seed: int,
+    returns: Sequence[str],
+    validate_only: bool,
+    request_id: str | None,
+) -> Prepared:
+    """Builds the request. descriptions: what the server says of its strategies; inputs that this one does not read stay
+    here. Without a description everything is sent.
+
+    Raises InvalidInput for values that can't be, TypeError for an argument that does not exist.
+    """
+    message = selection_pb2.SelectRequest(strategy=to_strategy(strategy, params))
+    prepared = Prepared(message)
+    _add_inputs(prepared, inputs, descriptions.get(_name(message.strategy)))
+    _fill(message.stop, stop, "stop.", {})
+    options = {"task": task, "seed": seed, "validate_only": validate_only or None, "request_id": request_id}
+    _fill(message, options, "", {})
+    message.returns.extend(_enum(selection_pb2.Return.DESCRIPTOR, each, "returns") for each in returns)
+    return prepared
+
+
+def _add_inputs(
+    prepared: Prepared, inputs: Mapping[str, Any], description: strategy_pb2.StrategyDescription | None
+) -> None:
+    """Adds what the strategy reads; keeps the ids here; says N where nothing else does."""
+    message, wanted = prepared.message, None
+    if description is not None:
+        wanted = {name for each in description.inputs for name in _choices(each)}
+    given: list[str] = []
+    sizes: list[int] = []
+    told, ids = False, inputs.get("ids")
+    for name, value in inputs.items():
+        if value is None or name == "ids":
+            continue
+        if name in ("reference", "references"):
+            _fill(message, {"references": [value] if name == "reference" else value}, "", prepared.arrays)
+        elif name not in _FIELDS:
+            raise TypeError(f"select has no argument {name!r}{_nearest(name, [*_FIELDS, 'reference', 'references'])}")
+        elif not _is_tensor(_FIELDS[name]):
+            _fill(message.pool, {name: value}, "pool.", prepared.arrays)
+        else:
+            array = to_wire(value, f"pool.{name}", rows=name in ROW_LISTS)
+            given.append(f"{name} ({' '.join(map(str, array.shape))})")
+            upload = wanted is None or name in wanted or name in ALWAYS
+            if upload:
+                getattr(message.pool, name).CopyFrom(array.header())
+                prepared.arrays[f"pool.{name}"] = array
+            if array.shape and (name not in NOT_PER_ROW or (name in ROW_LISTS and array.data.dtype == bool)):
+                sizes.append(array.shape[0])
+                told = told or (upload and name not in ROW_LISTS)
+                ids = array.index if ids is None else ids
+    if description is not None:
+        _check_required(description, message.pool, given)
+    if ids is not None:
+        prepared.ids = ids.to_numpy() if hasattr(ids, "to_numpy") else np.asarray(ids)
+        sizes.append(len(prepared.ids))
+        if len(prepared.ids) != sizes[0]:
+            raise InvalidInput(f"ids needs one per row, {sizes[0]}; it has {len(prepared.ids)}", field="pool.ids")
+    if sizes and not told and not message.pool.HasField("num_rows"):
+        message.pool.num_rows = sizes[0]
+
+
+def to_strategy(strategy: str | Message, params: Mapping[str, Any] | None = None) -> strategy_pb2.Strategy:
+    """A strategy by its canonical name and parameters, or a typed message, as the oneof.
+
+    Raises InvalidInput for a name that this client does not know, and for an unknown or ill-typed parameter.
+    """
+    message = strategy_pb2.Strategy()
+    fields = {each.name: each for each in message.DESCRIPTOR.oneofs_by_name["kind"].fields}
+    if isinstance(strategy, Message):
+        for name, each in fields.items():
+            if each.message_type is strategy.DESCRIPTOR:
+                getattr(message, name).CopyFrom(strategy)
+                break
+        else:
+            raise InvalidInput(f"{strategy.DESCRIPTOR.full_name} is no query strategy", field="strategy")
+    elif strategy in fields:
+        name = strategy
+        getattr(message, name).SetInParent()
+    else:
+        known = ", ".join(sorted(fields))
+        raise InvalidInput(
+            f"there is no query strategy {strategy!r}{_nearest(str(strategy), fields)} This client knows {known}",
+            field="strategy",
+        )
+    _fill(getattr(message, name), params or {}, f"strategy.{name}.", {})
+    return message
+
+
+def _choices(wanted: strategy_pb2.InputDescription) -> tuple[str, ...]:
+    """The inputs of which a strategy reads one."""
+    return (wanted.name, *wanted.alternatives)
+
+
+def _check_required(
+    description: strategy_pb2.StrategyDescription, pool: selection_pb2.Pool, given: Sequence[str]
+) -> None:
+    """Says what the server would say of a missing input, with what was given here and not sent."""
+    for wanted in description.inputs:
+        if wanted.required and not any(pool.HasField(name) for name in _choices(wanted)):  # type: ignore[arg-type]
+            names = " or ".join(f"pool.{name}" for name in _choices(wanted))
+            raise InvalidInput(
+                f"{description.name} needs {names} of shape ({wanted.shape}); "
+                f"the request has {', '.join(given) or 'no inputs'}",
+                field=f"pool.{wanted.name}",
+            )
+
+
+def _name(strategy: strategy_pb2.Strategy) -> str:
+    name = strategy.WhichOneof("kind")
+    return strategy.custom.name if name == "custom" else str(name)
+
+
+def _is_tensor(field: Any) -> bool:
+    return field.message_type is not None and field.message_type.name == "Tensor"
+
+
+def _fill(message: Message, values: Mapping[str, Any], path: str, arrays: dict[str, WireArray]) -> None:
+    """Sets fields of `message` by name: numbers, enums as strings, arrays, nested mappings and lists of them."""
+    fields = message.DESCRIPTOR.fields_by_name
+    for name, value in values.items():
+        field, at = fields.get(name), f"{path}{name}"
+        if field is None:
+            owner = message.DESCRIPTOR.name
+            raise InvalidInput(f"{owner} has no field {name!r}{_nearest(name, fields)}", field=at)
+        if value is None:
+            continue
+        if field.message_type is None:
+            _set(message, name, value, path)
+        elif _is_tensor(field):
+            _add(getattr(message, name), value, at, arrays)
+        elif field.message_type.GetOptions().map_entry:
+            for key, each in value.items():
+                _add(getattr(message, name)[key], each, f"{at}.{key}", arrays)
+        elif field.message_type.full_name == "google.protobuf.Struct":
+            getattr(message, name).update(value)
+        elif field.is_repeated:
+            for position, each in enumerate(value):
+                _fill(getattr(message, name).add(), each, f"{at}[{position}].", arrays)
+        else:
+            _fill(getattr(message, name), value, f"{at}.", arrays)
+
+
+def _add(tensor: tensor_pb2.Tensor, value: Any, path: str, arrays: dict[str, WireArray]) -> None:
+    arrays[path] = to_wire(value, path)
+    tensor.CopyFrom(arrays[path].header())
+
+
+def _set(message: Message, name: str, value: Any, path: str) -> None:
+    """Sets a number, a text, a truth value or an enum (a string without prefix, or its number)."""
+    field = message.DESCRIPTOR.fields_by_name[name]
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a number of numpy's
+        value = value.item()
+    if field.enum_type is not None:
+        value = _enum(field.enum_type, value, path + name)
+    elif isinstance(value, bool) != (field.cpp_type == FieldDescriptor.CPPTYPE_BOOL):  # protobuf takes True for 1
+        raise InvalidInput(f"{path}{name} has the wrong type: {value!r}", field=path + name)
+    try:
+        setattr(message, name, value)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{path}{name}: {error}", field=path + name) from None
+
+
+def _enum(descriptor: Any, value: Any, path: str) -> Any:
+    prefix = descriptor.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    found = descriptor.values_by_name.get(f"{prefix}{value}")
+    if found is None:
+        names = [each.name.removeprefix(prefix) for each in descriptor.values if each.number]
+        raise InvalidInput(f"{path} must be one of {', '.join(names)}; it is {value!r}", field=path)
+    return int(found.number)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else "."
+
+
+def _tensor_at(message: Message, path: str) -> Any:
+    """The tensor of a path such as references[0].labels."""
+    at: Any = message
+    for part in path.split("."):
+        name, _, position = part.rstrip("]").partition("[")
+        at = at[name] if isinstance(at, Mapping) or not hasattr(at, name) else getattr(at, name)
+        if position:
+            at = at[int(position)]
+    return at

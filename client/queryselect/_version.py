@@ -1,0 +1,3 @@
+"""The version of QuerySelect: of the client, the service and the wheel."""
+
+__version__ = "0.1.0"

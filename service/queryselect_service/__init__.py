@@ -1,0 +1,1 @@
+"""The QuerySelect server: kernels, their registry, and the gRPC service around them."""

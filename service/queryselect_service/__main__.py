@@ -1,0 +1,24 @@
+"""Flags, environment and TOML to Settings, and Settings to a running server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from queryselect_service import server, settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves until told to stop. Returns the exit status."""
+    try:
+        chosen = settings.load(sys.argv[1:] if arguments is None else arguments, os.environ)
+        server.run(chosen)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"queryselect serve: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Single checks at the door: a tensor's type and shape, a list of rows, the values of an input.
+
+Messages say what is needed, its shape, and what came; the first bad row is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from queryselect_service.errors import InvalidInput
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32)
+#: Lists that no row may share.
+DISJOINT = (("labeled", "pending", "excluded"), ("candidates", "pending", "excluded"))
+#: Rows whose values are checked at once.
+BLOCK_ROWS = 4096
+
+
+@dataclass
+class Array:
+    """A tensor of the request: its path, its type and shape, and its elements once they are here."""
+
+    path: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    data: Tensor | None = None
+
+    @property
+    def described(self) -> str:
+        """Its name and shape for messages: `embeddings (1797 64)`."""
+        return f"{self.path.rpartition('.')[2]} {shape_text(self.shape)}"
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape as messages write it: (1797 64)."""
+    return f"({' '.join(map(str, shape))})"
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """A type as messages write it: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def unify(array: Array, letters: str, sizes: dict[str, tuple[int, str]]) -> None:
+    """Holds the array's shape against its letters, such as "N D", and against what is known of them.
+
+    sizes: letter -> its size and the path that first told it; new letters are added.
+    """
+    names = letters.split()
+    if len(array.shape) != len(names):
+        raise InvalidInput(f"{array.path} needs shape ({letters}); it has {shape_text(array.shape)}", field=array.path)
+    for letter, size in zip(names, array.shape, strict=True):
+        if size < 1:
+            raise InvalidInput(
+                f"{array.path} needs shape ({letters}) with {letter} at least 1; it has {shape_text(array.shape)}",
+                field=array.path,
+            )
+        known, teller = sizes.setdefault(letter, (size, array.path))
+        if size != known:
+            raise InvalidInput(
+                f"{array.path} needs shape ({letters}) with {letter} = {known} as in {teller}; "
+                f"it has {shape_text(array.shape)}",
+                field=array.path,
+            )
+
+
+def check_type(array: Array, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raises InvalidInput where the array's type is not one of `allowed`."""
+    if array.dtype not in allowed:
+        names = " or ".join(type_name(each) for each in allowed)
+        raise InvalidInput(f"{array.path} needs type {names}; it has {type_name(array.dtype)}", field=array.path)
+
+
+def row_list(array: Array, data: Tensor, size: int) -> Tensor:
+    """The rows (r,) that a boolean mask (size,) or integer indices name, ascending, int64.
+
+    Raises InvalidInput for a mask of another length, a row out of range, or one listed twice.
+    """
+    if array.dtype is torch.bool:
+        if len(data) != size:
+            raise InvalidInput(f"{array.path} needs a mask of shape ({size}); it has ({len(data)})", field=array.path)
+        return data.nonzero().squeeze(1)
+    rows = data.long().sort().values
+    if len(rows):
+        for row in (int(rows[0]), int(rows[-1])):
+            if not 0 <= row < size:
+                raise InvalidInput(f"{array.path} lists row {row}; rows are 0 to {size - 1}", field=array.path)
+    _refuse_twice(rows, f"{array.path} lists row {{}} twice", array.path)
+    return rows
+
+
+def check_disjoint(rows: dict[str, Tensor]) -> None:
+    """Raises InvalidInput where a row stands in two lists that exclude each other."""
+    for names in DISJOINT:
+        lists = [(name, rows[name]) for name in names if name in rows]
+        for at, (name, mine) in enumerate(lists):
+            for other, theirs in lists[:at]:
+                both = torch.cat([mine, theirs]).sort().values
+                _refuse_twice(both, f"pool.{other} and pool.{name} both list row {{}}", f"pool.{name}")
+
+
+def _refuse_twice(rows: Tensor, message: str, path: str) -> None:
+    """rows: ascending."""
+    twice = rows[1:][rows[1:] == rows[:-1]]
+    if len(twice):
+        raise InvalidInput(message.format(int(twice[0])), field=path)
+
+
+def check_values(array: Array, data: Tensor, *, multilabel: bool, excluded: Tensor | None) -> None:
+    """Raises InvalidInput, naming the first bad row, where the values can't be what the path says they are.
+
+    data: (n, ...). multilabel: whether each column of probabilities stands alone. excluded: ascending rows whose
+    values don't matter.
+    """
+    if not data.is_floating_point():
+        return
+    for start in range(0, len(data), BLOCK_ROWS):
+        block = data[start : start + BLOCK_ROWS].reshape(min(BLOCK_ROWS, len(data) - start), -1)
+        for need, bad, came in _rules(array.path, block, multilabel):
+            rows = bad.nonzero().squeeze(1)
+            if excluded is not None and len(rows):
+                rows = rows[~torch.isin(rows + start, excluded)]
+            if len(rows):
+                row = int(rows[0])
+                raise InvalidInput(f"{array.path} {need}; row {row + start} {came(block[row])}", field=array.path)
+
+
+#: What is needed, which rows (b,) fail it, and the words for such a row.
+Rule = tuple[str, Tensor, Callable[[Tensor], str]]
+
+
+def _rules(path: str, block: Tensor, multilabel: bool) -> Iterator[Rule]:
+    name = path.rpartition(".")[2]
+    if name == "logits":
+        yield _entries("must not be NaN or +inf", lambda x: ~(x < torch.inf), block)
+        if not multilabel:
+            yield "must have a class above -inf", block.amax(1) == -torch.inf, lambda _: "has none"
+        return
+    yield _entries("must be finite", lambda x: ~x.isfinite(), block)
+    if name == "probabilities":
+        yield _entries("must not be negative", lambda x: x < 0, block)
+        tolerance = 1e-2 if block.dtype is torch.bfloat16 else 1e-3
+        if multilabel:
+            yield _entries("must be at most 1", lambda x: x > 1 + tolerance, block)
+        else:
+            off = (block.sum(1, dtype=torch.float64) - 1).abs() > tolerance
+            yield f"must sum to 1 within {tolerance}", off, lambda row: f"sums to {row.double().sum():.6g}"
+
+
+def _entries(need: str, breaks: Callable[[Tensor], Tensor], block: Tensor) -> Rule:
+    """A rule that every entry has to keep; `breaks` tells which entries don't."""
+    return need, breaks(block).any(1), lambda row: f"has {float(row[breaks(row)][0]):g}"

@@ -1,0 +1,91 @@
+"""Every failure that the service names, and whose fault it is.
+
+    ServiceError
+    ├── InvalidInput       the request is wrong: shapes, values, parameters        INVALID_ARGUMENT
+    ├── OverLimit          the request is right, but larger than a fixed limit     OUT_OF_RANGE
+    ├── Unsupported        this server does not serve that (yet)                   UNIMPLEMENTED
+    ├── Busy               no room now; the same request may succeed later         RESOURCE_EXHAUSTED
+    ├── OutOfMemory        the device ran out in spite of the estimate             RESOURCE_EXHAUSTED
+    ├── Unavailable        the server is draining                                  UNAVAILABLE
+    ├── Cancelled          the caller went away                                    CANCELLED
+    └── DeadlineExceeded   the caller's deadline passed                            DEADLINE_EXCEEDED
+
+Anything else that is raised is a bug of ours: INTERNAL (status.py). A RuntimeError of torch never becomes a client's
+fault. Kernels raise InvalidInput; they know no gRPC, so codes are names here.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """A failure with a name. `field` is the path of what is wrong in the request, such as `pool.embeddings`."""
+
+    code: ClassVar[str]
+    reason: ClassVar[str]
+    retry_after: float | None = None
+
+    def __init__(self, message: str, *, field: str = "", metadata: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message, self.field, self.metadata = message, field, metadata or {}
+
+
+class InvalidInput(ServiceError):
+    """The request can't mean anything: fix the request."""
+
+    code, reason = "INVALID_ARGUMENT", "INVALID_INPUT"
+
+
+class OverLimit(ServiceError):
+    """The request is over a fixed limit of size: send less, or ask the operator."""
+
+    code, reason = "OUT_OF_RANGE", "OVER_LIMIT"
+
+    def __init__(self, what: str, size: int, limit: int, *, name: str, field: str = "") -> None:
+        """`what` is counted by `size`; `limit` is the most allowed, and `name` the limit's name in Settings."""
+        super().__init__(
+            f"{what}: {size} is over this server's limit of {limit} ({name})",
+            field=field,
+            metadata={"limit": name, "allowed": str(limit), "size": str(size)},
+        )
+
+
+class Unsupported(ServiceError):
+    """Not served here: use another server, or leave it out."""
+
+    code, reason = "UNIMPLEMENTED", "UNSUPPORTED"
+
+
+class Busy(ServiceError):
+    """There is no room now: try again after `retry_after` seconds."""
+
+    code, reason = "RESOURCE_EXHAUSTED", "BUSY"
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class OutOfMemory(Busy):
+    """The device ran out of memory; its caches are empty now, so trying again may help."""
+
+    reason = "OUT_OF_MEMORY"
+
+
+class Unavailable(ServiceError):
+    """The server is going away: try another."""
+
+    code, reason = "UNAVAILABLE", "DRAINING"
+
+
+class Cancelled(ServiceError):
+    """The caller does not want the answer any more."""
+
+    code, reason = "CANCELLED", "CANCELLED"
+
+
+class DeadlineExceeded(ServiceError):
+    """The caller's deadline passed."""
+
+    code, reason = "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"

@@ -1,0 +1,31 @@
+"""What a model predicts, as float64 distributions over the last axis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def distributions(values: Tensor, *, logits: bool, multilabel: bool) -> Tensor:
+    """Distributions from probabilities or logits of shape (n, C).
+
+    Multi-class: (n, C), renormalised. Multi-label: (n, C, 2), label absent and present; from logits both halves keep
+    their digits however saturated the label is, which 1 - q would not.
+    """
+    values = values.double()
+    if multilabel:
+        if logits:
+            return torch.sigmoid(torch.stack([-values, values], dim=-1))
+        present = values.clamp(0, 1)
+        return torch.stack([1 - present, present], dim=-1)
+    return torch.softmax(values, dim=-1) if logits else values / values.sum(-1, keepdim=True)
+
+
+def split_mode(p: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest probability (...,) of each distribution (..., C), and the distribution with that entry set to 0.
+
+    Scores of uncertainty sum the remainder instead of taking 1 - max: the remainder keeps its digits when the model is
+    nearly certain, the difference does not.
+    """
+    mode, at = p.max(-1, keepdim=True)
+    return mode.squeeze(-1), p.scatter(-1, at, 0.0)

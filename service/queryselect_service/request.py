@@ -1,0 +1,284 @@
+"""A request off the wire: what it says, whether it makes sense, and the problem that is left for a kernel.
+
+`Request` may know a tensor by its header alone: `check` then looks at names, shapes and types, and whatever values are
+there already, so that a large upload can be refused before it is sent. `problem` needs all values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from queryselect_service import strategy as strategies
+from queryselect_service.checks import (
+    FLOATS,
+    INTEGERS,
+    Array,
+    check_disjoint,
+    check_type,
+    check_values,
+    row_list,
+    shape_text,
+    unify,
+)
+from queryselect_service.errors import InvalidInput, OverLimit
+from queryselect_service.settings import Settings
+from queryselect_service.shards import Whole
+from queryselect_service.spec import Spec
+from queryselect_service.strategy import Notice, Selection, Strategy, Task
+
+#: The pool's inputs and their dimensions. Those with an N have one row per row of the pool.
+INPUTS = {
+    "embeddings": "N D",
+    "probabilities": "N C",
+    "logits": "N C",
+    "samples": "N K C",
+    "gradients": "N P",
+    "head_weights": "C D",
+    "head_bias": "C",
+    "utilities": "N",
+    "weights": "N",
+    "clusters": "N",
+    "pseudo_labels": "N",
+    "labels": "L",
+}
+INTEGER_INPUTS = ("clusters", "pseudo_labels", "labels")
+#: The pool's lists of rows, each a boolean mask or integer indices.
+ROW_LISTS = ("labeled", "pending", "excluded", "candidates")
+
+
+@dataclass
+class Request:
+    """What one request says."""
+
+    strategy: Strategy
+    spec: Spec
+    path: str  # of the strategy's parameters
+    inputs: dict[str, Array]
+    row_lists: dict[str, Array]
+    num_rows: int | None
+    max_items: int | None
+    task: Task
+    seed: int
+    want_pool_scores: bool
+    validate_only: bool
+    ids: Array | list[str] | None
+    notices: list[Notice] = field(default_factory=list)
+
+    def check(self, settings: Settings) -> None:
+        """Raises InvalidInput or OverLimit for what is wrong as far as it is known."""
+        self._check_names()
+        sizes = self._check_shapes()
+        self._check_types()
+        try:
+            self.spec.check_sizes(sizes)
+        except InvalidInput as error:
+            raise InvalidInput(f"{self.strategy.name}: {error.message}", field=f"{self.path}.{error.field}") from None
+        self.size = sizes["N"]
+        self.rows = {
+            name: row_list(array, array.data, self.size)
+            for name, array in self.row_lists.items()
+            if array.data is not None
+        }
+        check_disjoint(self.rows)
+        excluded = self.rows.get("excluded")
+        for name in self.used:
+            array = self.inputs[name]
+            if array.data is not None:
+                per_row = INPUTS[name].startswith("N")
+                check_values(
+                    array,
+                    array.data,
+                    multilabel=self.task is Task.MULTILABEL,
+                    excluded=excluded if per_row else None,
+                )
+        self._check_budget()
+        self._check_limits(sizes, settings)
+
+    @property
+    def used(self) -> list[str]:
+        """The inputs given that the strategy reads."""
+        return [name for name in self.inputs if self.strategy.reads(name)]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type the strategy computes in: float64 where rows are scored one by one or come in it."""
+        wide = any(self.inputs[name].dtype is torch.float64 for name in self.used)
+        return torch.float64 if wide or self.strategy.pointwise or not self.used else torch.float32
+
+    def _check_names(self) -> None:
+        strategy = self.strategy
+        if "probabilities" in self.inputs and "logits" in self.inputs:
+            raise InvalidInput(
+                "pool needs exactly one of probabilities and logits; the request has both", field="pool.logits"
+            )
+        for wanted in strategy.inputs:
+            if wanted.required and not any(each in self.inputs for each in (wanted.name, *wanted.alternatives)):
+                names = " or ".join(f"pool.{each}" for each in (wanted.name, *wanted.alternatives))
+                given = ", ".join(array.described for array in self.inputs.values()) or "no inputs"
+                raise InvalidInput(
+                    f"{strategy.name} needs {names} of shape ({wanted.shape}); the request has {given}",
+                    field=f"pool.{wanted.name}",
+                )
+        if self.task not in strategy.tasks:
+            served = " or ".join(strategy.tasks)
+            raise InvalidInput(f"{strategy.name} serves task {served}; the request has {self.task}", field="task")
+        if self.want_pool_scores and not strategy.pool_scores:
+            raise InvalidInput(f"{strategy.name} has no score for rows it does not choose", field="returns")
+        unused = [name for name in self.inputs if name not in self.used]
+        if unused:
+            message = f"{strategy.name} does not read {', '.join(f'pool.{name}' for name in unused)}"
+            self.notices.append(Notice("UNUSED_INPUT", message))
+
+    def _check_shapes(self) -> dict[str, int]:
+        """The size of every letter."""
+        sizes: dict[str, tuple[int, str]] = {}
+        if self.num_rows is not None:
+            if self.num_rows < 1:
+                raise InvalidInput(f"pool.num_rows must be at least 1; it is {self.num_rows}", field="pool.num_rows")
+            sizes["N"] = (self.num_rows, "pool.num_rows")
+        for name, array in self.inputs.items():
+            unify(array, INPUTS[name], sizes)
+        if isinstance(self.ids, Array):
+            unify(self.ids, "N", sizes)
+        elif self.ids is not None:
+            unify(Array("pool.ids", torch.uint8, (len(self.ids),)), "N", sizes)
+        if "N" not in sizes:
+            raise InvalidInput(
+                f"{self.strategy.name} needs pool.num_rows, the number of rows, where no input tells it; "
+                "the request has no inputs",
+                field="pool.num_rows",
+            )
+        for array in self.row_lists.values():
+            if len(array.shape) != 1:
+                raise InvalidInput(
+                    f"{array.path} needs a list of rows, or a mask of shape (N); it has {shape_text(array.shape)}",
+                    field=array.path,
+                )
+        return {letter: size for letter, (size, _) in sizes.items()}
+
+    def _check_types(self) -> None:
+        for name, array in self.inputs.items():
+            allowed = INTEGERS if name in INTEGER_INPUTS else FLOATS
+            check_type(array, allowed)
+        for array in self.row_lists.values():
+            check_type(array, (torch.bool, *INTEGERS))
+        if isinstance(self.ids, Array):
+            check_type(self.ids, (torch.int64,))
+
+    @property
+    def num_candidates(self) -> int:
+        """The number of rows that may be chosen."""
+        if "candidates" in self.rows:
+            return len(self.rows["candidates"])
+        return self.size - sum(len(self.rows[name]) for name in ("labeled", "pending", "excluded") if name in self.rows)
+
+    def _check_budget(self) -> None:
+        if self.max_items is None:
+            raise InvalidInput("stop.max_items, the number of picks, is needed; it is not set", field="stop.max_items")
+        if self.max_items < 1:
+            raise InvalidInput(f"stop.max_items must be at least 1; it is {self.max_items}", field="stop.max_items")
+        if self.max_items > self.num_candidates:
+            raise InvalidInput(f"budget {self.max_items} but {self.num_candidates} candidates", field="stop.max_items")
+
+    def _check_limits(self, sizes: dict[str, int], settings: Settings) -> None:
+        checks = (
+            ("rows", sizes["N"], settings.max_rows, "max_rows", "pool"),
+            ("embedding dimensions", sizes.get("D", 0), settings.max_dims, "max_dims", "pool.embeddings"),
+            ("classes", sizes.get("C", 0), settings.max_classes, "max_classes", "pool"),
+            ("budget", self.max_items or 0, settings.max_budget, "max_budget", "stop.max_items"),
+        )
+        for what, size, limit, name, path in checks:
+            if size > limit:
+                raise OverLimit(what, size, limit, name=name, field=path)
+        if isinstance(self.ids, list):
+            for text in self.ids:
+                if len(text.encode()) > settings.max_id_bytes:
+                    raise OverLimit(
+                        "bytes of an id",
+                        len(text.encode()),
+                        settings.max_id_bytes,
+                        name="max_id_bytes",
+                        field="pool.ids",
+                    )
+
+    def problem(self) -> Problem:
+        """What is left for the kernel; `check` has passed and every value is here."""
+        inputs = {name: self.inputs[name].data for name in self.used}
+        kept: Tensor | None = None
+        rows = dict(self.rows)
+        size = self.size
+        if len(rows.get("excluded", ())):
+            keep = torch.ones(size, dtype=torch.bool)
+            keep[rows.pop("excluded")] = False
+            kept = keep.nonzero().squeeze(1)
+            new = keep.cumsum(0) - 1  # (N,), the row's number among those kept
+            rows = {name: new[each] for name, each in rows.items()}
+            inputs = {
+                name: x[kept] if x is not None and INPUTS[name].startswith("N") else x for name, x in inputs.items()
+            }
+            size = len(kept)
+        empty = torch.empty(0, dtype=torch.int64)
+        context = torch.cat([rows.get("labeled", empty), rows.get("pending", empty)]).sort().values
+        candidates = torch.ones(size, dtype=torch.bool)
+        candidates[context] = False
+        if "candidates" in rows:
+            candidates = torch.zeros(size, dtype=torch.bool)
+            candidates[rows["candidates"]] = True
+        return Problem(self, {name: x for name, x in inputs.items() if x is not None}, size, candidates, context, kept)
+
+
+@dataclass
+class Problem:
+    """A request without its excluded rows, ready for a kernel.
+
+    candidates: (n,) bool. context: (l,) rows. kept: (n,) the request's row of each row here, None where all are.
+    """
+
+    request: Request
+    inputs: dict[str, Tensor]
+    size: int
+    candidates: Tensor
+    context: Tensor
+    kept: Tensor | None
+
+    def to(self, device: torch.device) -> Problem:
+        """The same on another device."""
+        inputs = {name: x.to(device) for name, x in self.inputs.items()}
+        return Problem(self.request, inputs, self.size, self.candidates.to(device), self.context.to(device), self.kept)
+
+    def solve(self, pool: Whole) -> Selection:
+        """Runs the kernel. Rows in the answer are the request's; tensors are on the host."""
+        request = self.request
+        found = strategies.select(
+            request.strategy,
+            self.inputs,
+            k=request.max_items or 0,
+            pool=pool,
+            candidates=self.candidates,
+            context=self.context,
+            spec=request.spec,
+            task=request.task,
+            seed=request.seed,
+        )
+        scores: Tensor | None = None
+        if request.want_pool_scores and found.pool_scores is not None:
+            scores = torch.where(self.candidates, found.pool_scores(), -torch.inf).cpu()
+            if self.kept is not None:
+                scores = torch.full((request.size,), -torch.inf, dtype=torch.float64).index_put((self.kept,), scores)
+        notices = (
+            Notice(each.code, each.message, None if each.rows is None else self._original(each.rows))
+            for each in found.notices
+        )
+        return Selection(
+            self._original(found.indices),
+            found.scores.cpu(),
+            None if scores is None else lambda: scores,
+            (*request.notices, *notices),
+        )
+
+    def _original(self, rows: Tensor) -> Tensor:
+        """The request's rows of rows here, on the host."""
+        return rows.cpu() if self.kept is None else self.kept[rows.cpu()]

@@ -1,0 +1,108 @@
+"""Assembles the gRPC server, and stops it gracefully."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import FrameType
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from queryselect.v1 import (
+    selection_pb2,
+    selection_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+    strategy_pb2,
+    strategy_pb2_grpc,
+)
+
+from queryselect_service.metrics import Metrics
+from queryselect_service.service import Service
+from queryselect_service.servicer import Frontend, SelectionServicer, ServerServicer, StrategyServicer
+from queryselect_service.settings import Settings
+
+#: Threads beyond those that may wait for the device, so that health and descriptions never wait behind them.
+SPARE_THREADS = 16
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Server:
+    """A server that is listening. port and metrics_port are the real ones (metrics_port -1: none)."""
+
+    grpc: grpc.Server
+    health: health.HealthServicer
+    port: int
+    metrics_port: int
+    _metrics: WSGIServer | None
+
+    def drain(self, grace: float) -> None:
+        """Says NOT_SERVING, lets running requests finish within `grace` seconds, and stops."""
+        self.health.enter_graceful_shutdown()
+        self.grpc.stop(grace).wait()
+        if self._metrics is not None:
+            self._metrics.shutdown()
+            self._metrics.server_close()
+
+
+def start(settings: Settings) -> Server:
+    """Starts a server. Raises RuntimeError where the address is taken or the device does not work."""
+    service, metrics = Service(settings), Metrics()
+    service.engine.probe()
+    server = grpc.server(
+        ThreadPoolExecutor(settings.max_queue + SPARE_THREADS, thread_name_prefix="rpc"),
+        options=[
+            ("grpc.max_receive_message_length", settings.max_inline_bytes),
+            ("grpc.max_send_message_length", -1),  # answers are bounded by the service itself
+            ("grpc.so_reuseport", 0),  # a second server on this port must fail, not share it
+        ],
+    )
+    frontend = Frontend(service, metrics)
+    selection_pb2_grpc.add_SelectionServiceServicer_to_server(SelectionServicer(frontend), server)
+    strategy_pb2_grpc.add_StrategyServiceServicer_to_server(StrategyServicer(frontend), server)
+    server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(frontend), server)
+    names = [
+        service.full_name
+        for file in (selection_pb2, strategy_pb2, server_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
+    ]
+    checks = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    for name in ("", *names):
+        checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    port = server.add_insecure_port(f"{host}:{settings.port}")
+    endpoint, metrics_port = None, -1
+    if settings.metrics_port >= 0:
+        endpoint, _ = metrics.serve(settings.host, settings.metrics_port)
+        metrics_port = endpoint.server_port
+    server.start()
+    return Server(server, checks, port, metrics_port, endpoint)
+
+
+def run(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains."""
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log.info("settings\n%s", settings)
+    stop = threading.Event()
+
+    def on_signal(_: int, __: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    server = start(settings)
+    # Printed for people and for programs that asked for a free port.
+    print(f"queryselect serves on {settings.host}:{server.port}, metrics on port {server.metrics_port}", flush=True)
+    stop.wait()
+    log.info("draining, at most %g s", settings.drain_grace)
+    server.drain(settings.drain_grace)
+    log.info("stopped")

@@ -1,0 +1,103 @@
+"""Everything an operator may set: one field = one flag = one environment variable = one TOML key.
+
+`--queue-wait 60`, `QUERYSELECT_QUEUE_WAIT=60` and `queue_wait = 60` mean the same; the first of the three that is given
+counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+PREFIX = "QUERYSELECT_"
+MIB = 1 << 20
+
+
+def setting(default: Any, doc: str, *, low: float | None = None, secret: bool = False) -> Any:
+    """A setting with its default, one line of documentation, and its smallest value."""
+    return field(default=default, metadata={"doc": doc, "low": low, "secret": secret})
+
+
+def _host_bytes() -> int:
+    return int(0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one server."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(50051, "port for gRPC; 0 takes a free one", low=0)
+    metrics_port: int = setting(9090, "port for Prometheus' /metrics; -1 for none, 0 takes a free one", low=-1)
+    device: str = setting("auto", "torch device for selections; auto: cuda where there is one, else cpu")
+    log_level: str = setting("INFO", "least severity that is logged")
+    max_rows: int = setting(50_000_000, "rows of a pool", low=1)
+    max_dims: int = setting(65_536, "dimensions of an embedding", low=1)
+    max_classes: int = setting(100_000, "classes", low=1)
+    max_budget: int = setting(1_000_000, "picks of one request", low=1)
+    max_host_bytes: int = setting(_host_bytes(), "host memory for one request, bytes; default 60 % of RAM", low=1)
+    max_inline_bytes: int = setting(64 * MIB, "bytes of one message", low=1024)
+    max_id_bytes: int = setting(128, "bytes of one id", low=1)
+    max_quotas: int = setting(8, "quotas of one request", low=0)
+    max_references: int = setting(16, "reference sets of one request", low=0)
+    max_streams_per_peer: int = setting(64, "streams open per peer", low=1)
+    idle_stream: float = setting(30.0, "silence after which a stream is aborted, seconds", low=0)
+    max_queue: int = setting(64, "requests waiting for the device", low=0)
+    queue_wait: float = setting(120.0, "longest wait for the device, seconds", low=0)
+    drain_grace: float = setting(60.0, "time for running requests when the server stops, seconds", low=0)
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            value, low = getattr(self, each.name), each.metadata["low"]
+            if low is not None and not value >= low:
+                raise ValueError(f"{each.name} must be at least {low}; it is {value}")
+
+    def __str__(self) -> str:
+        """One line per setting, secrets redacted."""
+        lines = []
+        for each in dataclasses.fields(self):
+            value = "(redacted)" if each.metadata["secret"] else getattr(self, each.name)
+            lines.append(f"{each.name} = {value!r}")
+        return "\n".join(lines)
+
+
+def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """The settings from flags, then environment variables, then the TOML file of --config, then defaults.
+
+    Raises ValueError for a name or a value that no setting has; argparse ends the process for a wrong flag.
+    """
+    kinds = get_type_hints(Settings)
+    parser = argparse.ArgumentParser(prog="queryselect serve", description="Starts a QuerySelect server.")
+    parser.add_argument("--config", help=f"TOML file with the same names (environment: {PREFIX}CONFIG)")
+    for each in dataclasses.fields(Settings):
+        flag = "--" + each.name.replace("_", "-")
+        doc = f"{each.metadata['doc']} (default {each.default}; environment: {PREFIX}{each.name.upper()})"
+        parser.add_argument(flag, type=kinds[each.name], default=None, help=doc.replace("%", "%%"))
+    flags = vars(parser.parse_args(arguments))
+
+    given: dict[str, Any] = {}
+    config = flags.pop("config") or environment.get(PREFIX + "CONFIG")
+    if config:
+        given.update(tomllib.loads(Path(config).read_text()))
+    for name in kinds:
+        text = environment.get(PREFIX + name.upper())
+        if text is not None:
+            given[name] = text
+    given.update({name: value for name, value in flags.items() if value is not None})
+    unknown = sorted(set(given) - set(kinds))
+    if unknown:
+        raise ValueError(f"there is no setting {', '.join(unknown)}; there are {', '.join(kinds)}")
+    return Settings(**{name: _convert(name, value, kinds[name]) for name, value in given.items()})
+
+
+def _convert(name: str, value: Any, kind: type) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be of type {kind.__name__}; it is {value!r}") from None

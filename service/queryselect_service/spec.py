@@ -1,0 +1,110 @@
+"""The parameters of a strategy: a frozen dataclass whose fields carry defaults, ranges, units and documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from queryselect_service.errors import InvalidInput
+
+S = TypeVar("S", bound="Spec")
+
+
+def parameter(
+    default: Any, doc: str, *, low: float | None = None, high: float | None = None, unit: str | None = None
+) -> Any:
+    """A field of a Spec: its default, one line of documentation, its inclusive range, and its unit."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "unit": unit})
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The parameters of a strategy. Building one checks every range that `parameter` declared."""
+
+    def __post_init__(self) -> None:
+        """Raises InvalidInput, its field the parameter's name, for a value out of range or NaN."""
+        for field in dataclasses.fields(self):
+            value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
+            if value is None or isinstance(value, str):
+                continue
+            # Written so that NaN fails too.
+            if not ((low is None or value >= low) and (high is None or value <= high)):
+                raise InvalidInput(f"{field.name} must be {range_text(low, high)}; it is {value}", field=field.name)
+
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Raises InvalidInput for a parameter that the request's sizes (by letter: N, D, C …) rule out."""
+
+
+def range_text(low: float | None, high: float | None) -> str:
+    """The words for an inclusive range."""
+    if low is not None and high is not None:
+        return f"between {low} and {high}"
+    return f"at least {low}" if low is not None else f"at most {high}"
+
+
+class LabelAggregation(enum.StrEnum):
+    """How the scores of a row's labels become the row's score, when the task is multi-label."""
+
+    MEAN = "MEAN"
+    SUM = "SUM"
+    MAX = "MAX"
+    TOP_K_MEAN = "TOP_K_MEAN"
+
+
+@dataclass(frozen=True)
+class LabelScore(Spec):
+    """The parameters of every score that is computed per label in a multi-label task."""
+
+    label_aggregation: LabelAggregation = parameter(
+        LabelAggregation.MEAN, "How label scores become the row's score, in a multi-label task"
+    )
+    top_k: int | None = parameter(
+        None, "The number of labels that TOP_K_MEAN averages, at most C", low=1, unit="labels"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_aggregation is LabelAggregation.TOP_K_MEAN and self.top_k is None:
+            raise InvalidInput("label_aggregation TOP_K_MEAN needs top_k", field="top_k")
+
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Raises InvalidInput where top_k is more than the labels there are."""
+        if self.top_k is not None and self.top_k > sizes["C"]:
+            raise InvalidInput(f"top_k must be at most C = {sizes['C']}; it is {self.top_k}", field="top_k")
+
+
+def build(spec: type[S], values: Mapping[str, Any]) -> S:
+    """A `spec` with `values` over its defaults, converted to the types its fields declare.
+
+    Raises InvalidInput, its field the parameter's name, for an unknown name (the nearest is offered), a value of the
+    wrong type, or one out of range.
+    """
+    hints = {field.name: get_type_hints(spec)[field.name] for field in dataclasses.fields(spec)}
+    for name in values:
+        if name not in hints:
+            nearest = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
+            offer = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(hints) or 'none'}"
+            raise InvalidInput(f"there is no parameter {name}; {offer}", field=name)
+    return spec(**{name: _convert(value, hints[name], name) for name, value in values.items()})
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type that a Spec's field declares. Struct knows only float, bool, str and None."""
+    options = [option for option in (get_args(hint) or (hint,)) if option is not type(None)]
+    kind = options[0]
+    if value is None and len(options) < len(get_args(hint)):
+        return None
+    if issubclass(kind, enum.Enum):
+        if isinstance(value, str) and value in kind.__members__:
+            return kind[value]
+        raise InvalidInput(f"{name} must be one of {', '.join(kind.__members__)}; it is {value}", field=name)
+    whole = kind is int and isinstance(value, float) and value.is_integer()
+    if whole or (kind is float and type(value) is int):
+        return kind(value)
+    if type(value) is not kind:
+        raise InvalidInput(f"{name} must be of type {kind.__name__}; it is {value!r}", field=name)
+    return value

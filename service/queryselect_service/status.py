@@ -1,0 +1,57 @@
+"""From an exception to what travels: a google.rpc.Status with details, and gRPC's own code and metadata."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from queryselect_service.errors import ServiceError
+
+DOMAIN = "queryselect"
+#: The longest message sent. gRPC carries it in a header, whose whole size is bounded by 8 KiB by default.
+MESSAGE_CHARS = 1000
+
+log = logging.getLogger(__name__)
+
+
+def from_exception(error: BaseException) -> status_pb2.Status:
+    """The status that tells a caller about `error`. Anything that is not ours is a bug: logged, and told by an id."""
+    if not isinstance(error, ServiceError):
+        return _bug(error)
+    message = error.message if len(error.message) <= MESSAGE_CHARS else error.message[: MESSAGE_CHARS - 1] + "…"
+    status = status_pb2.Status(code=getattr(code_pb2, error.code), message=message)
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    status.details.add().Pack(info)
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after is not None:
+        delay = Duration()
+        delay.FromMilliseconds(round(error.retry_after * 1000))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status
+
+
+def _bug(error: BaseException) -> status_pb2.Status:
+    error_id = uuid.uuid4().hex
+    log.error("bug %s", error_id, exc_info=error)
+    status = status_pb2.Status(code=code_pb2.INTERNAL, message=f"a bug of the server; its log has error id {error_id}")
+    info = error_details_pb2.ErrorInfo(reason="BUG", domain=DOMAIN, metadata={"error_id": error_id})
+    status.details.add().Pack(info)
+    return status
+
+
+def to_grpc(status: status_pb2.Status, request_id: str, retry_after: float | None) -> grpc.Status:
+    """What context.abort_with_status takes: the status in the trailers, the request's id, and when to come back."""
+    plain: Any = rpc_status.to_status(status)  # a named tuple, which its stubs do not say
+    extra = [("x-request-id", request_id)]
+    if retry_after is not None:
+        extra.append(("grpc-retry-pushback-ms", str(round(retry_after * 1000))))
+    replaced: grpc.Status = plain._replace(trailing_metadata=(*plain.trailing_metadata, *extra))
+    return replaced

@@ -1,0 +1,242 @@
+"""What a query strategy is, and the registry of all there are.
+
+A strategy is one file in `kernels/`: a frozen `Spec` of its parameters and one function on tensors, announced with
+`@strategy` or, where a row's score depends on that row alone, `@pointwise`. Everything else (ListStrategies, the checks
+at the door, the blocks of a stream) follows from what stands there: the function's annotations name its inputs and
+their shapes, the fields of its Spec carry defaults, ranges and documentation.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from pkgutil import iter_modules
+from typing import Annotated, Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from queryselect_service.maths.labels import aggregate_labels
+from queryselect_service.maths.predictions import distributions
+from queryselect_service.shards import Whole
+from queryselect_service.spec import LabelScore, Spec
+
+#: Rows that a pointwise strategy scores at once, always: block borders never depend on how the rows arrived.
+POINTWISE_ROWS = 4096
+
+#: Inputs that may stand in for another; the service derives the one from the other.
+ALTERNATIVES = {"probabilities": ("logits",)}
+
+
+class Task(enum.StrEnum):
+    """What the rows' predictions are: one of C classes, or any of C labels."""
+
+    MULTICLASS = "MULTICLASS"
+    MULTILABEL = "MULTILABEL"
+
+
+class ScoreKind(enum.StrEnum):
+    """What a score is. For every kind, higher is more worth choosing."""
+
+    POINT = "POINT"
+    KEY = "KEY"
+    GAIN = "GAIN"
+    DISTANCE = "DISTANCE"
+    DENSITY = "DENSITY"
+    COVERAGE = "COVERAGE"
+    KERNEL = "KERNEL"
+    PROBABILITY = "PROBABILITY"
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the caller should know though all went well; `code` is a WarningCode without its prefix."""
+
+    code: str
+    message: str
+    rows: Tensor | None = None  # (r,) int64
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a kernel returns: picks in the order of choice, first pick first."""
+
+    indices: Tensor  # (k,) int64, global rows
+    scores: Tensor  # (k,) float64
+    pool_scores: Callable[[], Tensor] | None = None  # () -> (n,) float64; called only when someone asks
+    notices: tuple[Notice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a kernel: its name in the pool and its dimensions, such as "N D"."""
+
+    name: str
+    shape: str
+    required: bool
+
+    @property
+    def alternatives(self) -> tuple[str, ...]:
+        """The inputs that may stand in for this one."""
+        return ALTERNATIVES.get(self.name, ())
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A query strategy as the registry knows it."""
+
+    name: str
+    function: Callable[..., Any]
+    spec: type[Spec]
+    inputs: tuple[Input, ...]
+    tasks: tuple[Task, ...]
+    score_kind: ScoreKind
+    pointwise: bool
+    seeded: bool
+    pool_scores: bool
+    cost: str
+    citation: str
+    custom: bool = False
+
+    @property
+    def summary(self) -> str:
+        """The first line of the kernel's documentation."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    def reads(self, name: str) -> bool:
+        """Whether the pool's input `name` is of use to this strategy."""
+        return any(name == each.name or name in each.alternatives for each in self.inputs)
+
+
+STRATEGIES: dict[str, Strategy] = {}
+PLUGINS: dict[str, Strategy] = {}
+
+
+def strategy(
+    spec: type[Spec],
+    *,
+    kind: ScoreKind,
+    cost: str,
+    citation: str,
+    tasks: tuple[Task, ...] = (Task.MULTICLASS, Task.MULTILABEL),
+    pool_scores: bool = True,
+    seeded: bool = False,
+    pointwise: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the decorated kernel under its own name.
+
+    The kernel takes its inputs first, annotated with their shapes, then what it wants of the keywords k, spec, context
+    (rows that count as labelled, (l,) int64), candidates ((n,) bool), seed and pool; it returns a Selection. The
+    function itself stays as it is, a plain function.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = function.__module__.startswith(f"{__package__}.kernels.")
+        (STRATEGIES if own else PLUGINS)[function.__name__] = Strategy(
+            name=function.__name__,
+            function=function,
+            spec=spec,
+            inputs=_inputs(function),
+            tasks=tasks,
+            score_kind=kind,
+            pointwise=pointwise,
+            seeded=seeded,
+            pool_scores=pool_scores,
+            cost=cost,
+            citation=citation,
+            custom=not own,
+        )
+        return function
+
+    return register
+
+
+def pointwise(spec: type[Spec], *, cost: str, citation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a kernel that scores each row by itself: inputs of a block of rows in, scores out, float64.
+
+    `probabilities` come as float64 distributions over the last axis: (n, C) classes or, in a multi-label task,
+    (n, L, 2) for label absent and present. The kernel reduces the last axis; scores (n, L) are then
+    aggregated over labels.
+    """
+    return strategy(spec, kind=ScoreKind.POINT, cost=cost, citation=citation, pointwise=True)
+
+
+def _inputs(function: Callable[..., Any]) -> tuple[Input, ...]:
+    hints = get_type_hints(function, include_extras=True)
+    found: list[Input] = []
+    for name, value in inspect.signature(function).parameters.items():
+        hint = hints.get(name)
+        options = get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        shapes = [get_args(option)[1] for option in options if typing.get_origin(option) is Annotated]
+        found += [Input(name, shape, required=value.default is inspect.Parameter.empty) for shape in shapes]
+    return tuple(found)
+
+
+def load() -> None:
+    """Imports every kernel of ours and every plug-in of the entry-point group `queryselect.strategies`."""
+    kernels = import_module(f"{__package__}.kernels")
+    for module in iter_modules(kernels.__path__):
+        import_module(f"{kernels.__name__}.{module.name}")
+    for entry in entry_points(group="queryselect.strategies"):
+        entry.load()
+
+
+def select(
+    strategy: Strategy,
+    inputs: Mapping[str, Tensor],
+    *,
+    k: int,
+    pool: Whole,
+    candidates: Tensor,
+    context: Tensor,
+    spec: Spec | None = None,
+    task: Task = Task.MULTICLASS,
+    seed: int = 0,
+) -> Selection:
+    """Runs a strategy on checked inputs.
+
+    inputs: tensors by name, N rows each where their shape says N. candidates: (n,) bool. context: (l,) int64.
+    Returns k picks; the caller has checked that there are k candidates.
+    """
+    spec = spec or strategy.spec()
+    if strategy.pointwise:
+        scores = _score(strategy, inputs, spec, task, pool)
+        indices, best = pool.top(scores, k, candidates)
+        return Selection(indices, best, lambda: scores)
+    offered = {"k": k, "spec": spec, "context": context, "candidates": candidates, "seed": seed, "pool": pool}
+    wanted = inspect.signature(strategy.function).parameters
+    keywords = {name: value for name, value in offered.items() if name in wanted}
+    selection: Selection = strategy.function(**inputs, **keywords)
+    return selection
+
+
+def _score(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task, pool: Whole) -> Tensor:
+    """Every row's score (n,), in fixed blocks."""
+    first = next(iter(inputs.values()))
+    scores = torch.empty(len(first), dtype=torch.float64, device=first.device)
+    for start in range(0, len(first), POINTWISE_ROWS):
+        pool.check()
+        rows = slice(start, start + POINTWISE_ROWS)
+        scores[rows] = score_block(strategy, {name: x[rows] for name, x in inputs.items()}, spec, task)
+    return scores
+
+
+def score_block(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task) -> Tensor:
+    """The scores (n,) of a block of rows under a pointwise strategy."""
+    multilabel = task is Task.MULTILABEL
+    block = {}
+    for name, x in inputs.items():
+        if name in ("probabilities", "logits"):
+            block["probabilities"] = distributions(x, logits=name == "logits", multilabel=multilabel)
+        else:
+            block[name] = x.double()
+    scores: Tensor = strategy.function(**block)
+    if scores.dim() == 2 and isinstance(spec, LabelScore):  # (n, L)
+        scores = aggregate_labels(scores, spec.label_aggregation, spec.top_k)
+    return scores

@@ -1,0 +1,353 @@
+"""Between protobuf and torch, both ways. The only file that imports both.
+
+Requirements that the design meets:
+
+- No strategy is named here: a strategy's message is read by its descriptor, field by field, into the dataclass that the
+  kernel's file declares, and written back the same way.
+- Nothing that is set is ignored: a field, an enum number or a strategy that this server does not serve is Unsupported.
+- Bytes are read once and not copied again: a protobuf `bytes` field copies on every access.
+- Tensors that did not come inline (streams, callers in this process) come as `buffers`, by path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import torch
+from google.protobuf import json_format
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
+from torch import Tensor
+
+from queryselect_service import spec as specs
+from queryselect_service.checks import Array
+from queryselect_service.engine import Times
+from queryselect_service.errors import InvalidInput, OverLimit, Unsupported
+from queryselect_service.request import INPUTS, ROW_LISTS, Request
+from queryselect_service.settings import Settings
+from queryselect_service.spec import Spec
+from queryselect_service.strategy import PLUGINS, STRATEGIES, ScoreKind, Selection, Strategy, Task
+
+if sys.byteorder != "little":
+    raise ImportError("tensors travel little-endian, and this machine is not")
+
+# Tensors here are views of bytes that nobody may write; kernels never write their inputs (tests/strategy_case.py).
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+#: A tensor's bytes, flat or in shape, of the type its message says.
+Buffers = Mapping[str, np.ndarray[Any, Any]]
+
+DTYPES = {
+    tensor_pb2.DATA_TYPE_F64: torch.float64,
+    tensor_pb2.DATA_TYPE_F32: torch.float32,
+    tensor_pb2.DATA_TYPE_F16: torch.float16,
+    tensor_pb2.DATA_TYPE_BF16: torch.bfloat16,
+    tensor_pb2.DATA_TYPE_I64: torch.int64,
+    tensor_pb2.DATA_TYPE_I32: torch.int32,
+    tensor_pb2.DATA_TYPE_U8: torch.uint8,
+    tensor_pb2.DATA_TYPE_BOOL: torch.bool,
+}
+#: Row numbers that one warning carries.
+WARNING_ROWS = 1000
+RECOMMENDED_CHUNK_BYTES = 1 << 20
+
+
+# Requests
+
+
+def decode(message: selection_pb2.SelectRequest, buffers: Buffers, settings: Settings) -> Request:
+    """What a request says, its tensors with their elements where those are here already.
+
+    Raises InvalidInput, OverLimit or Unsupported, naming the field.
+    """
+    _refuse_unserved(
+        message,
+        "",
+        {"pool", "references", "strategy", "stop", "task", "seed", "returns", "validate_only", "request_id"},
+    )
+    strategy, spec, path = decode_strategy(message.strategy)
+    pool = message.pool
+    if len(message.references) > settings.max_references:
+        raise OverLimit(
+            "reference sets",
+            len(message.references),
+            settings.max_references,
+            name="max_references",
+            field="references",
+        )
+    if message.references:
+        raise Unsupported("no query strategy of this server reads references", field="references")
+    read = {name for name in INPUTS if any(each.reads(name) for each in (*STRATEGIES.values(), *PLUGINS.values()))}
+    _refuse_unserved(pool, "pool.", {*read, *ROW_LISTS, "ids", "num_rows"})
+    _refuse_unserved(message.stop, "stop.", {"max_items"})
+    for value in message.returns:
+        name = _enum_name(selection_pb2.Return.DESCRIPTOR, value, "returns")
+        if name not in ("UNSPECIFIED", "POOL_SCORES"):
+            raise Unsupported(f"this server does not return {name}", field="returns")
+    task = _enum_name(strategy_pb2.Task.DESCRIPTOR, message.task, "task")
+
+    def arrays(names: Any) -> dict[str, Array]:
+        return {
+            name: decode_tensor(getattr(pool, name), f"pool.{name}", buffers) for name in names if pool.HasField(name)
+        }
+
+    return Request(
+        strategy=strategy,
+        spec=spec,
+        path=path,
+        inputs=arrays(INPUTS),
+        row_lists=arrays(ROW_LISTS),
+        num_rows=pool.num_rows if pool.HasField("num_rows") else None,
+        max_items=message.stop.max_items if message.stop.HasField("max_items") else None,
+        task=Task.MULTICLASS if task == "UNSPECIFIED" else Task(task),
+        seed=message.seed,
+        want_pool_scores=selection_pb2.RETURN_POOL_SCORES in message.returns,
+        validate_only=message.validate_only,
+        ids=_decode_ids(pool, buffers),
+    )
+
+
+def _refuse_unserved(message: Message, path: str, served: set[str]) -> None:
+    for field, _ in message.ListFields():
+        if field.name not in served:
+            raise Unsupported(f"this server does not serve {path}{field.name} yet", field=f"{path}{field.name}")
+
+
+def _decode_ids(pool: selection_pb2.Pool, buffers: Buffers) -> Array | list[str] | None:
+    kind = pool.ids.WhichOneof("kind")
+    if kind == "integers":
+        return decode_tensor(pool.ids.integers, "pool.ids", buffers)
+    if kind == "strings":
+        return list(pool.ids.strings.values)
+    if pool.HasField("ids"):
+        raise InvalidInput("pool.ids needs integers or strings; it has neither", field="pool.ids")
+    return None
+
+
+def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers) -> Array:
+    """The tensor at `path`. Its elements are views of the message's bytes or of the caller's buffer: not to be written.
+
+    Raises InvalidInput where type, shape and bytes don't fit together.
+    """
+    name = _enum_name(tensor_pb2.DataType.DESCRIPTOR, message.dtype, path)
+    if name == "UNSPECIFIED":
+        raise InvalidInput(f"{path} needs a dtype; it has none", field=path)
+    dtype, shape = DTYPES[message.dtype], tuple(message.shape)
+    if any(size < 0 for size in shape):
+        raise InvalidInput(f"{path} needs sizes of at least 0; its shape is ({' '.join(map(str, shape))})", field=path)
+    source = message.WhichOneof("source")
+    if source == "ref":
+        raise Unsupported("this server does not read tensors by reference", field=path)
+    if source == "streamed":
+        if path not in buffers:
+            raise InvalidInput(f"{path} is marked as streamed, which only SelectStream can send", field=path)
+        return Array(path, dtype, shape, _view(buffers[path], dtype, shape))
+    if source is None:
+        raise InvalidInput(f"{path} needs data; it has none", field=path)
+    data = message.data
+    needed = math.prod(shape) * dtype.itemsize
+    if len(data) != needed:
+        text = " ".join(map(str, shape))
+        raise InvalidInput(
+            f"{path} of shape ({text}) and type {name} needs {needed} bytes; it has {len(data)}", field=path
+        )
+    if dtype is torch.bool and needed and np.frombuffer(data, np.uint8).max() > 1:
+        raise InvalidInput(f"{path} needs truth values of 0 or 1; it has others", field=path)
+    return Array(path, dtype, shape, _view(np.frombuffer(data, np.uint8), dtype, shape))
+
+
+def _view(array: np.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not array.size:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(array.reshape(-1).view(np.uint8)).view(dtype).reshape(shape)
+
+
+def _enum_name(descriptor: EnumDescriptor, number: int, path: str) -> str:
+    """The value's name without its prefix; Unsupported where a newer client sent a number unknown here."""
+    value = descriptor.values_by_number.get(number)
+    if value is None:
+        raise Unsupported(f"this server does not know value {number} of {descriptor.name}", field=path)
+    return str(value.name.removeprefix(_prefix(descriptor)))
+
+
+def _prefix(descriptor: EnumDescriptor) -> str:
+    zero: str = descriptor.values_by_number[0].name
+    return zero.removesuffix("UNSPECIFIED")
+
+
+# Strategies
+
+
+def decode_strategy(message: strategy_pb2.Strategy) -> tuple[Strategy, Spec, str]:
+    """The strategy that is set, its parameters, and their path in the request."""
+    name = message.WhichOneof("kind")
+    known = ", ".join(sorted({*STRATEGIES, *PLUGINS}))
+    if name is None:
+        if len(UnknownFieldSet(message)):
+            raise Unsupported(f"this server does not know that strategy; it has {known}", field="strategy")
+        raise InvalidInput(f"strategy needs a query strategy; none is set. There are {known}", field="strategy")
+    chosen, values = getattr(message, name), {}
+    if "parameters" in chosen.DESCRIPTOR.fields_by_name and "name" in chosen.DESCRIPTOR.fields_by_name:
+        strategy = PLUGINS.get(chosen.name)
+        values = json_format.MessageToDict(chosen.parameters)
+        path = f"strategy.{name}.parameters"
+        if strategy is None:
+            plugins = ", ".join(sorted(PLUGINS)) or "none"
+            raise Unsupported(f"no plug-in {chosen.name!r} is installed here; there are {plugins}", field="strategy")
+    else:
+        strategy = STRATEGIES.get(name)
+        path = f"strategy.{name}"
+        if strategy is None:
+            raise Unsupported(f"this server has no kernel for {name}; it has {known}", field="strategy")
+        for field, value in chosen.ListFields():
+            known = _enum_name(field.enum_type, value, f"{path}.{field.name}") if field.enum_type else value
+            if not (field.enum_type and value == 0):  # UNSPECIFIED is the default, as if unset
+                values[field.name] = known
+    try:
+        return strategy, specs.build(strategy.spec, values), path
+    except InvalidInput as error:
+        raise InvalidInput(f"{strategy.name}: {error.message}", field=f"{path}.{error.field}") from None
+
+
+def encode_strategy(strategy: Strategy, spec: Spec) -> strategy_pb2.Strategy:
+    """The strategy with every parameter as it is used."""
+    message = strategy_pb2.Strategy()
+    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    if strategy.custom:
+        message.custom.name = strategy.name
+        message.custom.parameters.update(values)
+        return message
+    chosen = getattr(message, strategy.name)
+    chosen.SetInParent()
+    for name, value in values.items():
+        enum_type = chosen.DESCRIPTOR.fields_by_name[name].enum_type
+        if value is not None:
+            setattr(chosen, name, enum_type.values_by_name[_prefix(enum_type) + value].number if enum_type else value)
+    return message
+
+
+def describe(strategy: Strategy) -> strategy_pb2.StrategyDescription:
+    """What ListStrategies says of a strategy."""
+    hints = get_type_hints(strategy.spec)
+    return strategy_pb2.StrategyDescription(
+        name=strategy.name,
+        summary=strategy.summary,
+        inputs=[
+            strategy_pb2.InputDescription(
+                name=each.name, shape=each.shape, required=each.required, alternatives=each.alternatives
+            )
+            for each in strategy.inputs
+        ],
+        tasks=[strategy_pb2.Task.Value(f"TASK_{task}") for task in strategy.tasks],
+        parameters=[_describe_parameter(each, hints[each.name]) for each in dataclasses.fields(strategy.spec)],
+        cost=strategy.cost,
+        seeded=strategy.seeded,
+        pool_scores=strategy.pool_scores,
+        score_kind=_score_kind(strategy.score_kind),
+        citation=strategy.citation,
+        custom=strategy.custom,
+    )
+
+
+def _describe_parameter(field: dataclasses.Field[Any], hint: Any) -> strategy_pb2.ParameterDescription:
+    kind = next(option for option in (get_args(hint) or (hint,)) if option is not type(None))
+    names = getattr(kind, "__members__", None)
+    low, high = field.metadata["low"], field.metadata["high"]
+    text = strategy_pb2.ParameterDescription(
+        name=field.name, type="enum" if names else kind.__name__, doc=field.metadata["doc"]
+    )
+    if field.default is not None:
+        text.default = str(field.default).lower() if kind is bool else str(field.default)
+    if names:
+        text.range = ", ".join(names)
+    elif low is not None or high is not None:
+        text.range = specs.range_text(low, high)
+    if field.metadata["unit"]:
+        text.unit = field.metadata["unit"]
+    return text
+
+
+def _score_kind(kind: ScoreKind) -> strategy_pb2.ScoreKind.ValueType:
+    return strategy_pb2.ScoreKind.Value(f"SCORE_KIND_{kind}")
+
+
+# Answers
+
+
+def encode(selection: Selection | None, request: Request) -> selection_pb2.SelectResponse:
+    """The answer; without a selection (validate_only) what is known without one."""
+    message = selection_pb2.SelectResponse(
+        score_kind=_score_kind(request.strategy.score_kind), strategy=encode_strategy(request.strategy, request.spec)
+    )
+    for notice in request.notices if selection is None else selection.notices:
+        warning = message.warnings.add()
+        warning.code = selection_pb2.WarningCode.Value(f"WARNING_CODE_{notice.code}")
+        warning.message = notice.message
+        if notice.rows is not None:
+            warning.rows.extend(notice.rows[:WARNING_ROWS].tolist())
+    if selection is None:
+        return message
+    message.indices.CopyFrom(encode_tensor(selection.indices))
+    message.scores.CopyFrom(encode_tensor(selection.scores))
+    message.stop_reason = selection_pb2.STOP_REASON_MAX_ITEMS
+    if isinstance(request.ids, list):
+        message.ids.strings.values.extend(request.ids[row] for row in selection.indices.tolist())
+    elif request.ids is not None and request.ids.data is not None:
+        message.ids.integers.CopyFrom(encode_tensor(request.ids.data[selection.indices]))
+    if selection.pool_scores is not None:
+        message.pool_scores.CopyFrom(encode_tensor(selection.pool_scores()))
+    return message
+
+
+def encode_tensor(tensor: Tensor) -> tensor_pb2.Tensor:
+    """An inline tensor."""
+    numbers = {dtype: number for number, dtype in DTYPES.items()}
+    return tensor_pb2.Tensor(
+        dtype=numbers[tensor.dtype], shape=tensor.shape, data=tensor.contiguous().numpy().tobytes()
+    )
+
+
+def encode_info(
+    times: Times, total: float, device: str, dtype: torch.dtype, seed: int, version: str
+) -> selection_pb2.RunInfo:
+    """How a request ran; times in seconds."""
+    numbers = {dtype: number for number, dtype in DTYPES.items()}
+    return selection_pb2.RunInfo(
+        queue=_duration(times.queue),
+        receive=_duration(times.receive),
+        decode=_duration(times.decode),
+        transfer=_duration(times.transfer),
+        kernel=_duration(times.kernel),
+        total=_duration(total),
+        device=device,
+        compute_dtype=numbers[dtype],
+        version=version,
+        seed=seed,
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
+
+
+def encode_limits(settings: Settings) -> server_pb2.Limits:
+    """The limits in force, named as Limits names them."""
+    limits = server_pb2.Limits()
+    for field in limits.DESCRIPTOR.fields:
+        value = getattr(settings, f"max_{field.name}", None)
+        if value is None:
+            getattr(limits, field.name).CopyFrom(_duration(getattr(settings, field.name)))
+        else:
+            setattr(limits, field.name, value)
+    return limits
