@@ -41,7 +41,7 @@ class WireArray:
 def to_wire(value: Any, path: str, *, rows: bool = False) -> WireArray:
     """numpy, torch, pandas, or anything with __array__ or __dlpack__ -> what travels.
 
-    rows: whether the value is a list of rows (a mask or integers); an empty list then has no type of its own.
+    rows: whether the value is a list of integers or a mask; an empty list then has no type of its own.
     Raises InvalidInput for what is no array of numbers.
     """
     index = getattr(value, "index", None) if hasattr(value, "to_numpy") else None
@@ -62,24 +62,29 @@ def to_wire(value: Any, path: str, *, rows: bool = False) -> WireArray:
 
 def _as_numpy(value: Any, path: str) -> tuple[np.ndarray[Any, Any], str]:
     """The value as a numpy array, and the name of its element type."""
-    if isinstance(value, (set, frozenset)):
-        value = sorted(value)
-    if hasattr(value, "detach") and hasattr(value, "numpy"):  # torch, without importing it
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # numpy has no such type: its bits do
-            import torch  # noqa: PLC0415  # the caller has it
-
-            return value.contiguous().view(torch.int16).numpy(), "bfloat16"
-        value = value.numpy()
     try:
-        if hasattr(value, "to_numpy"):
+        if hasattr(value, "detach") and hasattr(value, "numpy"):
+            return _of_torch(value.detach().cpu())
+        if isinstance(value, (set, frozenset)):
+            array = np.asarray(sorted(value))
+        elif hasattr(value, "to_numpy"):
             array = value.to_numpy()
         elif hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
             array = np.from_dlpack(value)
         else:
             array = np.asarray(value)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidInput(f"{path} can't be read as an array: {error}", field=path) from None
     if array.dtype.name == "bfloat16":  # the type of ml_dtypes
         return array.view(np.int16), "bfloat16"
+    return array, array.dtype.name
+
+
+def _of_torch(tensor: Any) -> tuple[np.ndarray[Any, Any], str]:
+    """The same of a tensor on the host, without importing torch where it can be avoided."""
+    if str(tensor.dtype) == "torch.bfloat16":  # numpy has no such type: its bits do
+        import torch  # noqa: PLC0415  # the caller has it
+
+        return tensor.contiguous().view(torch.int16).numpy(), "bfloat16"
+    array = tensor.numpy()
     return array, array.dtype.name

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
+import uuid
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -14,7 +16,7 @@ import grpc
 from google.protobuf.message import Message
 from tqdm import tqdm
 
-from queryselect._errors import Busy, Cancelled, DataLoss, DeadlineExceeded, QuerySelectError
+from queryselect._errors import Cancelled, DataLoss, DeadlineExceeded, QuerySelectError
 from queryselect._picks import Picks, from_response
 from queryselect._request import Prepared, prepare
 from queryselect._transport import Cancel, InProcess, Remote, Transport
@@ -141,7 +143,8 @@ class Client:
             InProcess() if target.startswith("local:") else Remote(target, token=token, tls=tls)
         )
         self._timeout, self._retries = timeout, retries
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
+        self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()
         self._described: dict[str, strategy_pb2.StrategyDescription] | None = None
 
     def __enter__(self) -> Self:
@@ -153,7 +156,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection; running calls are cancelled."""
+        """Closes the connection; running calls are cancelled, and later ones raise ValueError."""
+        with self._lock:
+            self._closed, running = True, list(self._jobs)
+        for job in running:
+            job.cancel()
         self._transport.close()
 
     def select(self, strategy: str | Message, budget: int | None = None, **options: Unpack[Options]) -> Picks:
@@ -191,52 +198,64 @@ class Client:
             seed=given.pop("seed", 0),
             returns=returns,
             validate_only=given.pop("validate_only", False),
-            request_id=given.pop("request_id", None),
+            request_id=given.pop("request_id", None) or uuid.uuid4().hex,
             descriptions=self._descriptions(timeout),
             inputs=given,
         )
-        return Job(lambda cancel: self._run(prepared, deadline, cancel, _show(progress, budget)))
+        job = Job(lambda cancel: self._run(prepared, deadline, cancel, _show(progress, budget)))
+        with self._lock:
+            self._jobs.add(job)
+            closed = self._closed
+        if closed:  # just now, by another thread
+            job.cancel()
+        return job
 
     def strategies(self) -> list[strategy_pb2.StrategyDescription]:
         """What the server can run: each strategy with its inputs, parameters, cost and paper."""
-        return list(self._transport.list_strategies(self._timeout).strategies)
+        return list(self._open().list_strategies(self._timeout).strategies)
 
     def server_info(self) -> server_pb2.GetServerInfoResponse:
         """The server's version, devices and limits."""
-        return self._transport.server_info(self._timeout)
+        return self._open().server_info(self._timeout)
+
+    def _open(self) -> Transport:
+        if self._closed:
+            raise ValueError("the client is closed")
+        return self._transport
 
     def _descriptions(self, timeout: float | None) -> dict[str, strategy_pb2.StrategyDescription]:
-        """What each strategy reads; asked once. Empty, and asked again, while the server is not there."""
-        with self._lock:
-            if self._described is None:
-                try:
-                    listed = self._transport.list_strategies(timeout).strategies
-                except QuerySelectError:
-                    return {}  # the selection itself will tell what is wrong, and retries
-                self._described = {each.name: each for each in listed}
-            return self._described
+        """What each strategy reads; asked at first. Empty, and asked again, while the server is not there."""
+        transport = self._open()
+        if self._described is None:  # two threads may both ask: better than one waiting for the other's timeout
+            try:
+                listed = transport.list_strategies(timeout).strategies
+            except QuerySelectError:
+                return {}  # the selection itself will tell what is wrong, and retries
+            self._described = {each.name: each for each in listed}
+        return self._described
 
     def _run(
         self, prepared: Prepared, deadline: float | None, cancel: Cancel, show: AbstractContextManager[ProgressCallback]
     ) -> Picks:
         """Tries until it works, retrying what may pass."""
         with show as report:
-            budget = prepared.message.stop.max_items
+            budget, request_id = prepared.message.stop.max_items, prepared.message.request_id
             report("selecting", 0, budget)
+            lost = 0
             for tried in range(self._retries + 1):
                 if cancel.event.is_set():
-                    raise Cancelled("the call was cancelled")
+                    raise Cancelled("the call was cancelled", request_id=request_id)
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
-                    raise DeadlineExceeded("the timeout passed before the answer came")
+                    raise DeadlineExceeded("the timeout passed before the answer came", request_id=request_id)
                 try:
                     message = self._transport.select(prepared, left, cancel)
                     break
                 except QuerySelectError as error:
                     wait = _wait(error, tried)
-                    once = isinstance(error, DataLoss) and tried > 0
+                    lost += isinstance(error, DataLoss)
                     late = deadline is not None and time.monotonic() + wait > deadline
-                    if not error.retryable or once or late or tried == self._retries:
+                    if not error.retryable or lost > 1 or late or tried == self._retries:
                         raise
                 cancel.event.wait(wait)
             report("selecting", budget, budget)
@@ -245,7 +264,7 @@ class Client:
 
 def _wait(error: QuerySelectError, tried: int) -> float:
     """Seconds until the next try: what the server asked for, or a doubling wait; jitter keeps clients apart."""
-    if isinstance(error, Busy) and error.retry_after:
+    if error.retry_after:
         return error.retry_after * random.uniform(1.0, 1.2)  # noqa: S311  # no secret
     return float(min(LONGEST_BACKOFF, BACKOFF * 2**tried) * random.uniform(0.5, 1.0))  # noqa: S311
 

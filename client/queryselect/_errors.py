@@ -1,9 +1,9 @@
 """Every error that the client raises.
 
-QuerySelectError                code, request_id, retryable
+QuerySelectError                code, request_id, retryable, retry_after
 ├── InvalidInput (ValueError)     the request is wrong; .field says where: fix the call
 ├── TooLarge                      over a limit of the server or the device: send less
-├── Busy                          no room now; .retry_after seconds: try again (the client did)
+├── Busy                          no room now: try again after .retry_after seconds (the client did)
 ├── Unavailable                   no server, or one that is stopping: try again (the client did)
 ├── Aborted                       the stream was idle, or a referenced object changed: start again
 ├── DataLoss                      bytes were lost on the way: try again (the client did, once)
@@ -22,15 +22,20 @@ from typing import ClassVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 
 class QuerySelectError(Exception):
-    """Any failure of a call. code: gRPC's name for it. retryable: whether the same call may succeed later."""
+    """Any failure of a call. code: gRPC's name for it. retryable: whether the same call may succeed later.
+
+    retry_after: seconds after which the server asks to be tried again; 0 where it does not say.
+    """
 
     default_code: ClassVar[str] = "UNKNOWN"
     retryable: bool = False
+    retry_after: float = 0.0
 
     def __init__(self, message: str, *, code: str = "", request_id: str = "") -> None:
         super().__init__(message)
@@ -58,7 +63,6 @@ class Busy(QuerySelectError):
 
     default_code = "RESOURCE_EXHAUSTED"
     retryable = True
-    retry_after: float = 0.0
 
 
 class Unavailable(QuerySelectError):
@@ -135,7 +139,8 @@ _CLASSES: dict[str, type[QuerySelectError]] = {
 
 def from_status(status: status_pb2.Status, request_id: str = "") -> QuerySelectError:
     """The error that a google.rpc.Status tells of."""
-    code = code_pb2.Code.Name(status.code)
+    known = code_pb2.Code.DESCRIPTOR.values_by_number.get(status.code)
+    code = "UNKNOWN" if known is None else known.name
     retry, violation, info = (
         _detail(status.details, kind)
         for kind in (error_details_pb2.RetryInfo(), error_details_pb2.BadRequest(), error_details_pb2.ErrorInfo())
@@ -148,7 +153,7 @@ def from_status(status: status_pb2.Status, request_id: str = "") -> QuerySelectE
     error = kind(status.message, code=code, request_id=request_id)
     if isinstance(error, InvalidInput) and violation is not None and violation.field_violations:
         error.field = violation.field_violations[0].field
-    if isinstance(error, Busy) and retry is not None:
+    if retry is not None:
         error.retry_after = retry.retry_delay.ToMilliseconds() / 1000
     if isinstance(error, ServerBug) and info is not None:
         error.error_id = info.metadata.get("error_id", "")
@@ -162,19 +167,22 @@ def _detail(details: list[AnyMessage], into: error_details_pb2.ErrorInfo) -> err
     return None
 
 
-def from_rpc(error: grpc.Call) -> QuerySelectError:
-    """The error that a failed RPC tells of."""
+def from_rpc(error: grpc.Call, request_id: str = "") -> QuerySelectError:
+    """The error that a failed RPC tells of. request_id: what was sent, where the server does not say."""
     trailers = {each[0]: each[1] for each in error.trailing_metadata() or ()}
-    request_id = str(trailers.get("x-request-id", ""))
-    status = rpc_status.from_call(error)
+    request_id = str(trailers.get("x-request-id", request_id))
+    try:
+        status = rpc_status.from_call(error)
+    except (DecodeError, ValueError):  # details that can't be read, or that contradict the call's own code
+        status = None
     if status is None:  # gRPC itself failed, or a proxy
         status = status_pb2.Status(code=error.code().value[0], message=error.details() or "")
     found = from_status(status, request_id)
     pushback = trailers.get("grpc-retry-pushback-ms")
     if pushback is not None:
         # A negative or unreadable pushback says: never again (gRPC's retry design, A6).
-        if str(pushback).isdigit() and isinstance(found, Busy):
+        if str(pushback).isdecimal():
             found.retry_after = max(found.retry_after, int(pushback) / 1000)
-        elif not str(pushback).isdigit():
+        else:
             found.retryable = False
     return found

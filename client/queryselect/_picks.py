@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
@@ -93,11 +94,14 @@ def from_response(message: selection_pb2.SelectResponse, ids: Any) -> Picks:
     return Picks(
         indices=indices,
         scores=to_numpy(message.scores) if message.HasField("scores") else np.empty(0),
-        score_kind=strategy_pb2.ScoreKind.Name(message.score_kind).removeprefix("SCORE_KIND_"),
-        stop_reason=selection_pb2.StopReason.Name(message.stop_reason).removeprefix("STOP_REASON_"),
+        score_kind=_enum_name(strategy_pb2.ScoreKind.DESCRIPTOR, message.score_kind),
+        stop_reason=_enum_name(selection_pb2.StopReason.DESCRIPTOR, message.stop_reason),
         strategy=getattr(message.strategy, message.strategy.WhichOneof("kind") or "custom"),
         warnings=tuple(
-            Warning(_warning_code(each.code), each.message, np.array(each.rows, np.int64)) for each in message.warnings
+            Warning(
+                _enum_name(selection_pb2.WarningCode.DESCRIPTOR, each.code), each.message, np.array(each.rows, np.int64)
+            )
+            for each in message.warnings
         ),
         info=Info(
             **{
@@ -105,7 +109,7 @@ def from_response(message: selection_pb2.SelectResponse, ids: Any) -> Picks:
                 for name in ("queue", "receive", "decode", "transfer", "kernel", "total")
             },
             device=info.device,
-            compute_dtype=tensor_pb2.DataType.Name(info.compute_dtype).removeprefix("DATA_TYPE_").lower(),
+            compute_dtype=_enum_name(tensor_pb2.DataType.DESCRIPTOR, info.compute_dtype).lower(),
             peak_bytes=info.peak_bytes if info.HasField("peak_bytes") else None,
             version=info.version,
             seed=info.seed,
@@ -119,10 +123,11 @@ def from_response(message: selection_pb2.SelectResponse, ids: Any) -> Picks:
     )
 
 
-def _warning_code(number: int) -> str:
-    """The code's name; its number where a newer server sent one unknown here."""
-    value = selection_pb2.WarningCode.DESCRIPTOR.values_by_number.get(number)
-    return str(number) if value is None else str(value.name.removeprefix("WARNING_CODE_"))
+def _enum_name(descriptor: EnumDescriptor, number: int) -> str:
+    """The value's name without its prefix; its number where a newer server sent one unknown here."""
+    value = descriptor.values_by_number.get(number)
+    prefix = descriptor.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return str(number) if value is None else str(value.name.removeprefix(prefix))
 
 
 def to_numpy(message: tensor_pb2.Tensor) -> NDArray[Any]:

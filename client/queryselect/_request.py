@@ -85,16 +85,16 @@ def _add_inputs(
     sizes: list[int] = []
     told, ids = False, inputs.get("ids")
     for name, value in inputs.items():
+        if name not in (*_FIELDS, "reference", "references"):
+            raise TypeError(f"select has no argument {name!r}{_nearest(name, [*_FIELDS, 'reference', 'references'])}")
         if value is None or name == "ids":
             continue
         if name in ("reference", "references"):
             _fill(message, {"references": [value] if name == "reference" else value}, "", prepared.arrays)
-        elif name not in _FIELDS:
-            raise TypeError(f"select has no argument {name!r}{_nearest(name, [*_FIELDS, 'reference', 'references'])}")
         elif not _is_tensor(_FIELDS[name]):
             _fill(message.pool, {name: value}, "pool.", prepared.arrays)
         else:
-            array = to_wire(value, f"pool.{name}", rows=name in ROW_LISTS)
+            array = to_wire(value, f"pool.{name}", rows=name in (*ROW_LISTS, "labels"))
             given.append(f"{name} ({' '.join(map(str, array.shape))})")
             upload = wanted is None or name in wanted or name in ALWAYS
             if upload:
@@ -106,13 +106,21 @@ def _add_inputs(
                 ids = array.index if ids is None else ids
     if description is not None:
         _check_required(description, message.pool, given)
+    if message.pool.HasField("num_rows"):
+        sizes.append(message.pool.num_rows)
     if ids is not None:
-        prepared.ids = ids.to_numpy() if hasattr(ids, "to_numpy") else np.asarray(ids)
-        sizes.append(len(prepared.ids))
-        if len(prepared.ids) != sizes[0]:
-            raise InvalidInput(f"ids needs one per row, {sizes[0]}; it has {len(prepared.ids)}", field="pool.ids")
+        _keep_ids(prepared, ids, sizes)
     if sizes and not told and not message.pool.HasField("num_rows"):
         message.pool.num_rows = sizes[0]
+
+
+def _keep_ids(prepared: Prepared, ids: Any, sizes: list[int]) -> None:
+    """Keeps the caller's ids, one per row; sizes: what else tells N, and after this the ids too."""
+    prepared.ids = ids.to_numpy() if hasattr(ids, "to_numpy") else np.asarray(ids)
+    sizes.append(prepared.ids.size)
+    if prepared.ids.shape != (sizes[0],):
+        shape = " ".join(map(str, prepared.ids.shape))
+        raise InvalidInput(f"pool.ids needs one id per row, ({sizes[0]}); it has ({shape})", field="pool.ids")
 
 
 def to_strategy(strategy: str | Message, params: Mapping[str, Any] | None = None) -> strategy_pb2.Strategy:
@@ -172,6 +180,9 @@ def _is_tensor(field: Any) -> bool:
 
 def _fill(message: Message, values: Mapping[str, Any], path: str, arrays: dict[str, WireArray]) -> None:
     """Sets fields of `message` by name: numbers, enums as strings, arrays, nested mappings and lists of them."""
+    if not isinstance(values, Mapping):
+        name = path.removesuffix(".")
+        raise InvalidInput(f"{name} needs a mapping of names to values; it is a {type(values).__name__}", field=name)
     fields = message.DESCRIPTOR.fields_by_name
     for name, value in values.items():
         field, at = fields.get(name), f"{path}{name}"
@@ -188,8 +199,8 @@ def _fill(message: Message, values: Mapping[str, Any], path: str, arrays: dict[s
             for key, each in value.items():
                 _add(getattr(message, name)[key], each, f"{at}.{key}", arrays)
         elif field.message_type.full_name == "google.protobuf.Struct":
-            getattr(message, name).update(value)
-        elif field.is_repeated:
+            _update(getattr(message, name), value, at)
+        elif hasattr(getattr(message, name), "add"):  # repeated; descriptors of older protobufs say it otherwise
             for position, each in enumerate(value):
                 _fill(getattr(message, name).add(), each, f"{at}[{position}].", arrays)
         else:
@@ -199,6 +210,13 @@ def _fill(message: Message, values: Mapping[str, Any], path: str, arrays: dict[s
 def _add(tensor: tensor_pb2.Tensor, value: Any, path: str, arrays: dict[str, WireArray]) -> None:
     arrays[path] = to_wire(value, path)
     tensor.CopyFrom(arrays[path].header())
+
+
+def _update(struct: Any, values: Mapping[str, Any], path: str) -> None:
+    try:
+        struct.update(values)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InvalidInput(f"{path} needs a mapping of names to plain values: {error}", field=path) from None
 
 
 def _set(message: Message, name: str, value: Any, path: str) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
+from queryselect._arrays import to_wire
 from queryselect._client import Client
 from queryselect._errors import InvalidInput
 from queryselect._picks import Picks
 from queryselect._request import to_strategy
+from queryselect.v1 import tensor_pb2
 
 STATE_VERSION = 1
 
@@ -46,8 +47,7 @@ class Session:
         self.client, self._inputs, self._seed, self._rounds = client, inputs, seed, 0
         message = to_strategy(strategy, params)
         self.strategy: Message = getattr(message, message.WhichOneof("kind") or "custom")
-        rows = np.asarray(labeled)
-        self._labeled: set[int] = set((rows.nonzero()[0] if rows.dtype == bool else rows).tolist())
+        self._labeled: set[int] = _rows(labeled, "pool.labeled")
         self._pending: set[int] = set()
 
     @property
@@ -65,20 +65,23 @@ class Session:
         if self.client is None:
             raise ValueError("this session has no client; set session.client")
         arguments = {**self._inputs, **inputs, "labeled": self.labeled, "pending": self.pending}
-        picks = self.client.select(self.strategy, budget, seed=self._seed + self._rounds, **arguments)
+        if arguments.get("candidates") is not None:  # rows named there could be picked again
+            free = _rows(arguments["candidates"], "pool.candidates") - self._labeled - self._pending
+            arguments["candidates"] = sorted(free)
+        picks = self.client.select(self.strategy, budget, seed=(self._seed + self._rounds) % 2**64, **arguments)
         self._rounds += 1
         self._pending.update(picks.indices.tolist())
         return picks
 
     def label(self, rows: Any) -> None:
-        """Marks rows as labelled, whether they were pending or not."""
-        done = {int(row) for row in np.atleast_1d(rows)}
+        """Marks rows (a number, numbers, or a mask) as labelled, whether they were pending or not."""
+        done = _rows(rows, "rows")
         self._labeled |= done
         self._pending -= done
 
     def release(self, rows: Any) -> None:
         """Gives pending rows back: they may be picked again. Raises InvalidInput for a row that is not pending."""
-        back = {int(row) for row in np.atleast_1d(rows)}
+        back = _rows(rows, "rows")
         strange = sorted(back - self._pending)
         if strange:
             raise InvalidInput(f"row {strange[0]} is not pending", field="rows")
@@ -104,6 +107,19 @@ class Session:
         message = to_strategy(state["strategy"])
         strategy = getattr(message, state["strategy"])
         json_format.ParseDict(state["params"], strategy)
-        session = cls(client, strategy, seed=state["seed"], labeled=np.array(state["labeled"], np.int64), **inputs)
+        session = cls(client, strategy, seed=state["seed"], labeled=state["labeled"], **inputs)
         session._pending, session._rounds = set(state["pending"]), state["rounds"]
         return session
+
+
+def _rows(value: Any, path: str) -> set[int]:
+    """The rows that a number, a list of numbers, or a mask names. Raises InvalidInput."""
+    array = to_wire(value, path, rows=True)
+    if array.dtype == tensor_pb2.DATA_TYPE_BOOL and array.data.ndim == 1:
+        return set(array.data.nonzero()[0].tolist())
+    if array.dtype not in (tensor_pb2.DATA_TYPE_I64, tensor_pb2.DATA_TYPE_I32) or array.data.ndim > 1:
+        raise InvalidInput(f"{path} needs row numbers or a mask; it is {value!r}", field=path)
+    rows: set[int] = set(array.data.reshape(-1).tolist())
+    if rows and min(rows) < 0:
+        raise InvalidInput(f"{path} lists row {min(rows)}; rows are 0 and up", field=path)
+    return rows

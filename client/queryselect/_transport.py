@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import uuid
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -89,7 +88,7 @@ class Remote:
             raise TooLarge(f"the inputs are {prepared.num_bytes} bytes; one message takes {INLINE_BYTES}")
         call = self._selection.Select.future(prepared.inline(), timeout=timeout, metadata=self._metadata)
         cancel.attach(call.cancel)
-        return _result(call.result)
+        return _result(call.result, prepared.message.request_id)
 
     def list_strategies(self, timeout: float | None) -> strategy_pb2.ListStrategiesResponse:
         """Asks for the strategies."""
@@ -106,15 +105,15 @@ class Remote:
         self._channel.close()
 
 
-def _result(ask: Callable[[], Answer]) -> Answer:
-    """The answer, or the error that a failed RPC tells of."""
+def _result(ask: Callable[[], Answer], request_id: str = "") -> Answer:
+    """The answer, or the error that a failed RPC tells of. request_id: what was sent, where the server can't tell."""
     try:
         return ask()
     except grpc.FutureCancelledError:
-        raise Cancelled("the call was cancelled") from None
+        raise Cancelled("the call was cancelled", request_id=request_id) from None
     except grpc.RpcError as error:
         assert isinstance(error, grpc.Call)  # every error that a stub raises is one
-        raise from_rpc(error) from None
+        raise from_rpc(error, request_id) from None
 
 
 class InProcess:
@@ -130,7 +129,7 @@ class InProcess:
 
     def select(self, prepared: Prepared, timeout: float | None, cancel: Cancel) -> selection_pb2.SelectResponse:
         """One call; arrays are not copied."""
-        call = self._local.call(prepared.message.request_id or uuid.uuid4().hex, timeout)
+        call = self._local.call(prepared.message.request_id, timeout)
         cancel.attach(call.gone.set)
         buffers = {path: array.data for path, array in prepared.arrays.items()}
         try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +74,11 @@ class Engine:
         """One tiny operation on the device; raises whatever the device raises."""
         torch.zeros(2, device=self.device).sum().item()
 
+    @property
+    def model(self) -> str | None:
+        """The maker's name of the device, None for a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+
     def memory(self) -> tuple[int, int]:
         """The free and the total bytes of the device's memory."""
         if self.device.type == "cuda":
@@ -91,21 +97,24 @@ class Engine:
         times.queue = time.monotonic() - started
         try:
             with torch.inference_mode():
-                started = time.monotonic()
-                moved = problem.to(self.device)
-                times.transfer = time.monotonic() - started
-                started = time.monotonic()
-                selection = moved.solve(Whole(problem.size, call.check))
-                times.kernel = time.monotonic() - started
-                return selection
+                return self._solve(problem, call, times)
         except torch.OutOfMemoryError as error:
-            del error.__traceback__  # its frames hold the very tensors that filled the device
+            traceback.clear_frames(error.__traceback__)  # they hold the very tensors that filled the device
             torch.cuda.empty_cache()
             raise OutOfMemory(
                 f"{self.device} is out of memory; its caches are empty now", retry_after=RETRY_AFTER
             ) from None
         finally:
             self._turn.release()
+
+    def _solve(self, problem: Problem, call: Call, times: Times) -> Selection:
+        started = time.monotonic()
+        moved = problem.to(self.device)
+        times.transfer = time.monotonic() - started
+        started = time.monotonic()
+        selection = moved.solve(Whole(problem.size, call.check))
+        times.kernel = time.monotonic() - started
+        return selection
 
     def _wait(self, call: Call) -> None:
         if self._turn.acquire(blocking=False):

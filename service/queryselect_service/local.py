@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from google.rpc import status_pb2
-from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 
+from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import status
 from queryselect_service.engine import Call
 from queryselect_service.service import Service

@@ -169,6 +169,11 @@ class Request:
             check_type(self.ids, (torch.int64,))
 
     @property
+    def answer_bytes(self) -> int:
+        """The bytes of the answer's tensors: an index and a score per pick, a score per row when asked for."""
+        return 16 * (self.max_items or 0) + (8 * self.size if self.want_pool_scores else 0)
+
+    @property
     def num_candidates(self) -> int:
         """The number of rows that may be chosen."""
         if "candidates" in self.rows:

@@ -13,6 +13,7 @@ from wsgiref.simple_server import WSGIServer
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from queryselect.v1 import (
     selection_pb2,
     selection_pb2_grpc,
@@ -21,7 +22,6 @@ from queryselect.v1 import (
     strategy_pb2,
     strategy_pb2_grpc,
 )
-
 from queryselect_service.metrics import Metrics
 from queryselect_service.service import Service
 from queryselect_service.servicer import Frontend, SelectionServicer, ServerServicer, StrategyServicer

@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from importlib.metadata import version
 
-import torch
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
-
 from queryselect_service import strategy as strategies
 from queryselect_service import wire
 from queryselect_service.engine import Call, Engine, Times
@@ -39,14 +37,9 @@ class Service:
         started, times = time.monotonic(), Times()
         request = wire.decode(message, buffers or {}, self.settings)
         request.check(self.settings)
-        if largest_answer is not None and request.want_pool_scores and 8 * request.size > largest_answer:
-            raise OverLimit(
-                "bytes of pool_scores in one message",
-                8 * request.size,
-                largest_answer,
-                name="max_inline_bytes",
-                field="returns",
-            )
+        size = request.answer_bytes
+        if largest_answer is not None and size > largest_answer:
+            raise OverLimit("bytes of the answer", size, largest_answer, name="max_inline_bytes", field="returns")
         times.decode = time.monotonic() - started
         selection = None
         if not request.validate_only:
@@ -69,9 +62,9 @@ class Service:
     def server_info(self) -> server_pb2.GetServerInfoResponse:
         """Describes the server."""
         free, total = self.engine.memory()
-        device = server_pb2.Device(name=str(self.engine.device), free_bytes=free, total_bytes=total)
-        if self.engine.device.type == "cuda":
-            device.model = torch.cuda.get_device_name(self.engine.device)
+        device = server_pb2.Device(
+            name=str(self.engine.device), model=self.engine.model, free_bytes=free, total_bytes=total
+        )
         return server_pb2.GetServerInfoResponse(
             version=VERSION,
             devices=[device],

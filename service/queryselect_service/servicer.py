@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
 import grpc
+
 from queryselect.v1 import (
     selection_pb2,
     selection_pb2_grpc,
@@ -19,7 +20,6 @@ from queryselect.v1 import (
     strategy_pb2,
     strategy_pb2_grpc,
 )
-
 from queryselect_service import status
 from queryselect_service.engine import Call
 from queryselect_service.errors import InvalidInput, ServiceError, Unsupported

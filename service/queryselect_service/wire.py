@@ -25,9 +25,9 @@ from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
-from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from torch import Tensor
 
+from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from queryselect_service import spec as specs
 from queryselect_service.checks import Array
 from queryselect_service.engine import Times

@@ -19,7 +19,7 @@ def uniform(seed: int, rows: Tensor, step: int = 0) -> Tensor:
 
     seed: 0 to 2^64 - 1.
     """
-    start = _mix_int(_mix_int(seed) + GAMMA * (step + 1))
+    start = _mix_int((_mix_int(seed) + GAMMA * (step + 1)) & MASK)
     z = (rows + 1) * _signed(GAMMA) + _signed(start)  # wraps around modulo 2^64, as it should
     for shift, factor in MIX:
         z = (z ^ _shift_right(z, shift)) * _signed(factor)

@@ -1,0 +1,60 @@
+"""A plug-in that takes its time, and the two ways to a service."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from queryselect import Client
+from queryselect_service.spec import Spec, parameter
+from queryselect_service.strategy import PLUGINS, ScoreKind, Selection, strategy
+
+
+@dataclass
+class Slow:
+    """What the slow strategy did: whether it began, and whether it stopped."""
+
+    started: threading.Event = field(default_factory=threading.Event)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def slow() -> Iterator[Slow]:
+    """A plug-in "slow" that works for 30 s unless it is stopped, checking every 10 ms."""
+    seen = Slow()
+
+    @dataclass(frozen=True)
+    class SlowSpec(Spec):
+        seconds: float = parameter(30.0, "How long it takes", low=0, unit="seconds")
+
+    def slow(*, k, spec, pool):
+        seen.started.set()
+        until = time.monotonic() + spec.seconds
+        try:
+            while time.monotonic() < until:
+                pool.check()
+                time.sleep(0.01)
+        finally:
+            seen.stopped.set()
+        return Selection(torch.arange(k), torch.zeros(k, dtype=torch.float64))
+
+    strategy(SlowSpec, kind=ScoreKind.KEY, cost="30 s", citation="none", pool_scores=False)(slow)
+    yield seen
+    del PLUGINS["slow"]
+
+
+@pytest.fixture(params=["local", "remote"])
+def client(request: pytest.FixtureRequest) -> Client:
+    """A client of this process, and one of a server."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["local:", "server"])
+def address(request: pytest.FixtureRequest, target: str) -> str:
+    """The target of such a client, for tests that make their own."""
+    return target if request.param == "server" else request.param

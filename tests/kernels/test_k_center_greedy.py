@@ -1,0 +1,125 @@
+"""k_center_greedy: exact in every float type, far offsets and exact ties included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from queryselect import Client, KCenterGreedy
+from tests.strategy_case import ROWS, StrategyCase
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+def farthest_first(x, k, context, candidates):
+    """The definition, by direct differences in float64, ties to the lowest row."""
+    x = x.astype(np.float64)
+    free = candidates.copy()
+    picks, scores = [], []
+    if len(context):
+        distance = np.linalg.norm(x[:, None] - x[context][None], axis=2).min(1)
+        first = distance.copy()
+    else:
+        to_mean = np.linalg.norm(x - x.mean(0), axis=1)
+        first = -to_mean
+        picks.append(int(np.where(free, to_mean, np.inf).argmin()))
+        scores.append(to_mean[picks[0]])
+        free[picks[0]] = False
+        distance = np.linalg.norm(x - x[picks[0]], axis=1)
+    while len(picks) < k:
+        best = int(np.where(free, distance, -np.inf).argmax())
+        picks.append(best)
+        scores.append(distance[best])
+        free[best] = False
+        distance = np.minimum(distance, np.linalg.norm(x - x[best], axis=1))
+    return np.array(picks), np.array(scores), first
+
+
+class TestKCenterGreedy(StrategyCase):
+    name = "k_center_greedy"
+
+    def make(self, rng):
+        return {"embeddings": rng.normal(size=(ROWS, 7))}
+
+    def oracle(self, inputs, k, context, candidates):
+        return farthest_first(inputs["embeddings"], k, context, candidates)
+
+
+class TestKCenterGreedyNormalized(StrategyCase):
+    name, params = "k_center_greedy", {"normalize": True}
+
+    def make(self, rng):
+        return {"embeddings": rng.normal(size=(ROWS, 7))}
+
+    def oracle(self, inputs, k, context, candidates):
+        x = inputs["embeddings"]
+        return farthest_first(x / np.linalg.norm(x, axis=1, keepdims=True), k, context, candidates)
+
+
+def test_the_picks_are_those_of_the_authors_code(local: Client):
+    """Digits with 20 labelled rows: 40 picks by the published core-set code in float64 (tests/data/README.md)."""
+    case = np.load(DATA / "kcenter_digits.npz")
+    for dtype in (np.float64, np.float32, np.float16):
+        got = local.select("k_center_greedy", 40, embeddings=case["X"].astype(dtype), labeled=case["labeled"])
+        assert got.indices.tolist() == case["picks"].tolist()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_far_mean_changes_nothing(local: Client, offset, dtype):
+    x = (np.random.default_rng(0).normal(size=(500, 16)) + offset).astype(dtype)
+    picks, scores, _ = farthest_first(x, 60, np.arange(5), np.arange(500) > 4)
+    got = local.select("k_center_greedy", 60, embeddings=x, labeled=np.arange(5))
+    assert got.indices.tolist() == picks.tolist()
+    np.testing.assert_allclose(got.scores, scores, rtol=1e-12)
+
+
+def test_far_clusters_do_not_blur_what_is_near(local: Client):
+    """Norms of 1e4 and distances of 1: the fast distances can't tell the rows apart, the exact ones do."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(300, 8)) + rng.choice([-1e4, 1e4], size=(300, 1))).astype(np.float32)
+    picks, scores, _ = farthest_first(x, 40, np.arange(2), np.arange(300) > 1)
+    got = local.select("k_center_greedy", 40, embeddings=x, labeled=[0, 1])
+    assert got.indices.tolist() == picks.tolist()
+    np.testing.assert_allclose(got.scores, scores, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_exact_ties_of_a_grid_stay_ties(local: Client, dtype):
+    """Rows of a fixed-point grid at an offset: hundreds of exact ties, each to the lowest row."""
+    rng = np.random.default_rng(1)
+    x = (rng.integers(0, 4, size=(200, 3)) / 16 + 3).astype(dtype)
+    picks, scores, _ = farthest_first(x, 100, np.array([7]), np.arange(200) != 7)
+    got = local.select("k_center_greedy", 100, embeddings=x, labeled=[7])
+    assert got.indices.tolist() == picks.tolist()
+    np.testing.assert_allclose(got.scores, scores, rtol=1e-12)
+
+
+def test_when_every_row_is_covered_the_rest_is_told(local: Client):
+    x = np.repeat(np.eye(3), 4, axis=0)
+    got = local.select("k_center_greedy", 6, embeddings=x, labeled=[0])
+    assert got.indices.tolist() == [4, 8, 1, 2, 3, 5]
+    assert got.scores[2:].tolist() == [0, 0, 0, 0]
+    (warning,) = got.warnings
+    assert warning.code == "COVERED"
+    assert warning.rows.tolist() == [1, 2, 3, 5]
+
+
+def test_rows_without_length_are_told_when_length_matters(local: Client):
+    x = np.random.default_rng(0).normal(size=(10, 3))
+    x[[4, 6]] = 0
+    got = local.select(KCenterGreedy(normalize=True), 9, embeddings=x, labeled=[0], excluded=[])
+    assert [each.code for each in got.warnings] == ["INERT_ROWS", "COVERED"]
+    assert got.warnings[0].rows.tolist() == [4, 6]
+    assert not local.select(KCenterGreedy(), 3, embeddings=x, labeled=[0]).warnings
+
+
+def test_the_cold_start_is_the_row_nearest_to_the_mean(local: Client):
+    x = np.array([[0.0], [1.0], [4.0], [11.0]])
+    got = local.select("k_center_greedy", 2, embeddings=x, return_pool_scores=True)
+    assert got.indices.tolist() == [2, 3]
+    assert got.scores.tolist() == [0.0, 7.0]
+    assert got.pool_scores.tolist() == [-4.0, -3.0, 0.0, -7.0]
+    assert local.select("k_center_greedy", 1, embeddings=x, candidates=[0, 1]).indices.tolist() == [1]

@@ -1,0 +1,272 @@
+"""The properties of every query strategy. A strategy's test gives `make` and `oracle` and inherits the rest.
+
+class TestMargin(StrategyCase):
+    name = "margin"
+
+    def make(self, rng):
+        return {"probabilities": rng.dirichlet(np.ones(4), ROWS)}
+
+    def oracle(self, inputs, k, context, candidates):
+        ...  # brute force in numpy: picks (k,), scores (k,), pool_scores (N,)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from queryselect import Client, InvalidInput, Picks
+from queryselect_service import strategy as strategies
+from queryselect_service.shards import Whole
+from queryselect_service.spec import build
+
+ROWS = 30
+Inputs = dict[str, np.ndarray]
+
+
+def coarsely(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The values of x as both bfloat16 and float16 hold them, in `dtype`."""
+    tensor = torch.from_numpy(x)
+    if tensor.is_floating_point():
+        tensor = tensor.clamp(-500, 500).to(torch.bfloat16).to(torch.float16).to(torch.bfloat16).to(dtype)
+    return tensor
+
+
+class StrategyCase:
+    """Inherit, and give name, make and oracle."""
+
+    name: str
+    params: dict[str, Any] = {}
+    options: dict[str, Any] = {}  # more keywords of select, such as task
+    tolerance = 1e-9
+
+    def make(self, rng: np.random.Generator) -> Inputs:
+        """Inputs of ROWS rows in float64, without ties."""
+        raise NotImplementedError
+
+    def oracle(
+        self, inputs: Inputs, k: int, context: np.ndarray, candidates: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Brute force: picks (k,), their scores (k,), every row's score at the first step (N,).
+
+        context: rows that count as labelled. candidates: (N,) bool.
+        """
+        raise NotImplementedError
+
+    # What the tests below share.
+
+    @property
+    def strategy(self) -> strategies.Strategy:
+        return strategies.STRATEGIES[self.name]
+
+    def inputs(self, seed: int = 0) -> Inputs:
+        return self.make(np.random.default_rng(seed))
+
+    def select(self, client: Client, inputs: Inputs, budget: int = 5, **options: Any) -> Picks:
+        merged = {"params": self.params, **self.options, **options}
+        if not inputs:
+            merged.setdefault("num_rows", ROWS)
+        return client.select(self.name, budget, **inputs, **merged)
+
+    def take(self, inputs: Inputs, rows: np.ndarray) -> Inputs:
+        return {name: x[rows] for name, x in inputs.items()}
+
+    def exactly(self, inputs: Inputs, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The inputs as `dtype`, their values first rounded so coarsely that every type holds them."""
+        coarse = {}
+        for name, x in inputs.items():
+            if name == "probabilities":  # rounded probabilities no longer sum to 1: logits may be anything
+                coarse["logits"] = coarsely(np.log(x), dtype)
+            else:
+                coarse[name] = coarsely(x, dtype)
+        return coarse
+
+    # The properties.
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize(
+        "lists",
+        [
+            {},
+            {"labeled": [0, 3, 4]},
+            {"labeled": [2], "pending": [9, 1]},
+            {"labeled": [5, 6], "candidates": [5, *range(8, 20)]},
+        ],
+        ids=["cold", "labeled", "pending", "candidates"],
+    )
+    def test_picks_and_scores_are_those_of_brute_force(self, local, seed, lists):
+        inputs = self.inputs(seed)
+        context = np.array(sorted({*lists.get("labeled", ()), *lists.get("pending", ())}), dtype=int)
+        candidates = np.isin(np.arange(ROWS), lists.get("candidates", np.setdiff1d(np.arange(ROWS), context)))
+        picks, scores, pool_scores = self.oracle(inputs, 8, context, candidates)
+        got = self.select(local, inputs, 8, seed=seed, return_pool_scores=self.strategy.pool_scores, **lists)
+        assert got.indices.tolist() == list(picks)
+        np.testing.assert_allclose(got.scores, scores, rtol=self.tolerance, atol=self.tolerance)
+        if self.strategy.pool_scores:
+            np.testing.assert_allclose(
+                got.pool_scores, np.where(candidates, pool_scores, -np.inf), rtol=self.tolerance, atol=self.tolerance
+            )
+
+    def test_higher_is_more_worth_choosing(self, local):
+        if not self.strategy.pool_scores:
+            return
+        for lists in ({}, {"labeled": [1, 2]}):
+            got = self.select(local, self.inputs(), return_pool_scores=True, **lists)
+            assert got.indices[0] == got.pool_scores.argmax()
+            if self.strategy.pointwise:
+                assert (np.diff(got.scores) <= 0).all()
+                assert (got.pool_scores[got.indices] == got.scores).all()
+
+    def test_same_seed_same_picks(self, local):
+        one, two = (self.select(local, self.inputs(), seed=7) for _ in range(2))
+        assert one.indices.tolist() == two.indices.tolist()
+        assert one.scores.tolist() == two.scores.tolist()
+
+    def test_the_seed_matters_where_the_strategy_says_so(self, local):
+        picks = {tuple(self.select(local, self.inputs(), seed=seed).indices) for seed in (0, 1, 2**64 - 1)}
+        assert (len(picks) > 1) == self.strategy.seeded
+
+    def test_rows_may_come_in_any_order(self, local):
+        if self.strategy.seeded:
+            return  # noise belongs to the row's number
+        inputs = self.inputs()
+        order = np.random.default_rng(1).permutation(ROWS)
+        plain = self.select(local, inputs, labeled=[0, 1])
+        moved = self.select(local, self.take(inputs, order), labeled=np.flatnonzero(order < 2))
+        assert order[moved.indices].tolist() == plain.indices.tolist()
+
+    def test_inputs_are_left_as_they_were(self, local):
+        inputs = self.inputs()
+        before = {name: x.copy() for name, x in inputs.items()}
+        self.select(local, inputs, labeled=[3], excluded=[4])
+        assert all(np.array_equal(inputs[name], before[name]) for name in inputs)
+        for x in inputs.values():
+            x.setflags(write=False)
+        self.select(local, inputs, labeled=[3])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_types_that_hold_the_same_values_give_the_same_picks(self, local, dtype):
+        wide = self.select(local, self.exactly(self.inputs(), torch.float64), 10, labeled=[0])
+        narrow = self.select(local, self.exactly(self.inputs(), dtype), 10, labeled=[0])
+        assert narrow.indices.tolist() == wide.indices.tolist()
+        np.testing.assert_allclose(narrow.scores, wide.scores, rtol=1e-9)
+
+    def test_duplicates_are_rows_like_any_other(self, local):
+        inputs = self.take(self.inputs(), np.repeat(np.arange(ROWS), 3))
+        options = {} if inputs else {"num_rows": 3 * ROWS}
+        got = self.select(local, inputs, 3 * ROWS - 2, labeled=[0, 50], **options)
+        assert len(set(got.indices)) == 3 * ROWS - 2
+        assert not np.isnan(got.scores).any()
+
+    def test_exact_ties_go_to_the_lowest_row(self, local):
+        if self.strategy.seeded:
+            return
+        inputs = self.take(self.inputs(), np.zeros(ROWS, dtype=int))
+        got = self.select(local, inputs, 6, labeled=[2], excluded=[0])
+        assert got.indices.tolist() == [1, 3, 4, 5, 6, 7]
+        assert self.select(local, inputs, 3).indices.tolist() == [0, 1, 2]
+
+    def test_every_candidate_can_be_asked_for(self, local):
+        got = self.select(local, self.inputs(), ROWS - 3, labeled=[1], pending=[2], excluded=[3])
+        assert sorted(got.indices) == [0, *range(4, ROWS)]
+
+    def test_excluded_rows_are_as_if_deleted(self, local):
+        inputs, gone = self.inputs(), np.array([0, 7, 8, 29])
+        kept = np.setdiff1d(np.arange(ROWS), gone)
+        dirty = {
+            name: np.where(np.isin(np.arange(ROWS), gone).reshape(-1, *[1] * (x.ndim - 1)), np.nan, x)
+            if x.dtype.kind == "f"
+            else x
+            for name, x in inputs.items()
+        }
+        flags = {"return_pool_scores": self.strategy.pool_scores}
+        excluded = self.select(local, dirty, labeled=[9, 2], pending=[11], excluded=gone, seed=3, **flags)
+        rest = self.take(inputs, kept)
+        options = {} if rest else {"num_rows": len(kept)}
+        deleted = self.select(
+            local, rest, labeled=np.flatnonzero(np.isin(kept, [2, 9])), pending=np.flatnonzero(kept == 11),
+            seed=3, **flags, **options,
+        )  # fmt: skip
+        assert excluded.indices.tolist() == kept[deleted.indices].tolist()
+        assert excluded.scores.tolist() == deleted.scores.tolist()
+        if excluded.pool_scores is not None:
+            assert excluded.pool_scores[kept].tolist() == deleted.pool_scores.tolist()
+            assert (excluded.pool_scores[gone] == -np.inf).all()
+
+    def test_masks_and_row_numbers_mean_the_same(self, local):
+        rows = {"labeled": [4, 1], "pending": [9], "excluded": [0, 20], "candidates": [1, 5, 6, 7, 8, 28, 29]}
+        masks = {name: np.isin(np.arange(ROWS), each) for name, each in rows.items()}
+        one, two = (self.select(local, self.inputs(), 4, **each) for each in (rows, masks))
+        assert one.indices.tolist() == two.indices.tolist()
+        assert set(one.indices) <= set(rows["candidates"])
+
+    def test_served_local_and_direct_are_the_same(self, local, remote):
+        inputs = self.inputs()
+        flags = {"seed": 5, "labeled": [1, 2], "return_pool_scores": self.strategy.pool_scores}
+        here = self.select(local, inputs, **flags)
+        served = self.select(remote, inputs, **flags)
+        candidates = torch.ones(ROWS, dtype=torch.bool)
+        candidates[[1, 2]] = False
+        direct = strategies.select(
+            self.strategy,
+            {name: torch.from_numpy(x) for name, x in inputs.items()},
+            k=5,
+            pool=Whole(ROWS),
+            candidates=candidates,
+            context=torch.tensor([1, 2]),
+            spec=build(self.strategy.spec, self.params),
+            task=strategies.Task(self.options.get("task", "MULTICLASS")),
+            seed=5,
+        )
+        assert here.indices.tolist() == served.indices.tolist() == direct.indices.tolist()
+        assert here.scores.tolist() == served.scores.tolist() == direct.scores.tolist()
+        assert here.strategy == served.strategy
+        if self.strategy.pool_scores:
+            assert here.pool_scores.tolist() == served.pool_scores.tolist()
+
+    def test_a_shorter_budget_is_a_prefix(self, local):
+        long, short = (self.select(local, self.inputs(), k, labeled=[0]) for k in (9, 4))
+        assert long.indices[:4].tolist() == short.indices.tolist()
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_a_bad_value_is_named_by_its_row(self, local, remote, bad):
+        for name, x in self.inputs().items():
+            if x.dtype.kind != "f":
+                continue
+            broken = x.copy()
+            broken[[17, 23], -1] = bad
+            for client in (local, remote):
+                with pytest.raises(InvalidInput, match=r"row 17\b") as caught:
+                    self.select(client, {**self.inputs(), name: broken})
+                assert caught.value.field == f"pool.{name}"
+
+    def test_scores_are_never_nan_on_extreme_inputs(self, local):
+        for factor in (0.0, 1e-30, 1e30, 1e300):
+            inputs = {
+                name: np.clip(x * factor, -1e308, 1e308) if name != "probabilities" else np.eye(x.shape[1])[x.argmax(1)]
+                for name, x in self.inputs().items()
+            }
+            got = self.select(local, inputs, return_pool_scores=self.strategy.pool_scores, labeled=[0])
+            assert not np.isnan(got.scores).any()
+            assert np.isfinite(got.scores).all()
+            assert got.pool_scores is None or not np.isnan(got.pool_scores).any()
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def test_picks_are_distinct_candidates_whatever_the_lists(self, local, data):
+        fate = np.array(data.draw(st.lists(st.integers(0, 5), min_size=ROWS, max_size=ROWS)))
+        lists = {name: np.flatnonzero(fate == at) for at, name in enumerate(("labeled", "pending", "excluded"))}
+        free = np.flatnonzero(fate > 2)
+        if not len(free):
+            return
+        k = data.draw(st.integers(1, len(free)))
+        got = self.select(local, self.inputs(data.draw(st.integers(0, 9))), k, **lists)
+        assert len(got) == k == len(set(got.indices))
+        assert set(got.indices) <= set(free)
+        assert got.score_kind == self.strategy.score_kind
+        assert got.stop_reason == "MAX_ITEMS"
