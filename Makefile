@@ -4,9 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: help demo test check proto lint types breaking format slow clean
+.PHONY: help demo test check lint types format proto release-proto slow clean
 help: ## What there is to make
-	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
 # The version check gives a sentence instead of a traceback of pip's.
 .venv/.python:
@@ -47,6 +47,9 @@ format: .venv/.dev ## Formats the code
 
 proto: ## Generates the Python code from proto/
 	scripts/proto
+
+release-proto: ## Keeps the proto image of this release, for the breaking check
+	$(BUF) build proto -o proto/released.binpb
 
 slow: .venv/.dev ## What needs other tools or time
 	$(BIN)/python -m pytest -m slow

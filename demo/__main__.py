@@ -59,9 +59,7 @@ def main() -> None:
     digits = load_digits()
     pool, test = train_test_split(np.arange(len(digits.target)), test_size=400, random_state=0, stratify=digits.target)
     features, labels = (digits.data / 16).astype(np.float32), digits.target
-    print(
-        f"QuerySelect {__version__}: {len(pool)} unlabelled digits, {len(test)} held out; {INITIAL} labels to begin with,"
-    )
+    print(f"QuerySelect {__version__}: {len(pool)} unlabelled digits, {len(test)} held out. {INITIAL} labels at first,")
     print(f"then {ROUNDS} rounds of {BUDGET} for each of {len(STRATEGIES)} query strategies and {len(SEEDS)} seeds.")
     with server() as target, Client(target) as client:
         print(f"The server listens on {target}.\n", flush=True)

@@ -86,8 +86,8 @@ class Options(Inputs, total=False):
 class Job:
     """A selection that runs in the background."""
 
-    def __init__(self, work: Callable[[Cancel], Picks]) -> None:
-        self._cancel, self._done = Cancel(), threading.Event()
+    def __init__(self, work: Callable[[Cancel], Picks], cancel: Cancel) -> None:
+        self._cancel, self._done = cancel, threading.Event()
         self._picks: Picks | None = None
         self._error: BaseException | None = None
         threading.Thread(target=self._run, args=(work,), name="queryselect-job", daemon=True).start()
@@ -170,15 +170,18 @@ class Client:
         are those of Inputs and Options. Ctrl-C cancels the selection on the server.
         Raises QuerySelectError (InvalidInput, a ValueError, for what is wrong with the call).
         """
-        job = self.submit(strategy, budget, **options)
+        cancel = Cancel()  # made first, so that Ctrl-C finds it however early it comes
         try:
-            return job.result()
+            return self._submit(cancel, strategy, budget, options).result()
         except KeyboardInterrupt:
-            job.cancel()
+            cancel.cancel()
             raise
 
     def submit(self, strategy: str | Message, budget: int | None = None, **options: Unpack[Options]) -> Job:
         """The same in the background. Raises InvalidInput at once for what can be seen from here."""
+        return self._submit(Cancel(), strategy, budget, options)
+
+    def _submit(self, cancel: Cancel, strategy: str | Message, budget: int | None, options: Options) -> Job:
         given: dict[str, Any] = dict(options)
         timeout = given.pop("timeout", self._timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -202,7 +205,7 @@ class Client:
             descriptions=self._descriptions(timeout),
             inputs=given,
         )
-        job = Job(lambda cancel: self._run(prepared, deadline, cancel, _show(progress, budget)))
+        job = Job(lambda cancel: self._run(prepared, deadline, cancel, _show(progress, budget)), cancel)
         with self._lock:
             self._jobs.add(job)
             closed = self._closed

@@ -252,10 +252,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def _tensor_at(message: Message, path: str) -> Any:
     """The tensor of a path such as references[0].labels."""
-    at: Any = message
-    for part in path.split("."):
-        name, _, position = part.rstrip("]").partition("[")
-        at = at[name] if isinstance(at, Mapping) or not hasattr(at, name) else getattr(at, name)
-        if position:
-            at = at[int(position)]
-    return at
+    head, _, rest = path.partition(".")
+    name, _, position = head.rstrip("]").partition("[")
+    at = getattr(message, name)
+    if position:
+        at = at[int(position)]
+    elif not isinstance(at, Message):  # a map, whose keys may hold any character
+        return at[rest]
+    return _tensor_at(at, rest) if rest else at

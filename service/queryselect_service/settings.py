@@ -87,7 +87,8 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         given.update(tomllib.loads(Path(config).read_text()))
     for name in kinds:
         text = environment.get(PREFIX + name.upper())
-        if text is not None:
+        # Kubernetes sets QUERYSELECT_PORT=tcp://… in every pod beside a Service named queryselect.
+        if text is not None and not text.startswith("tcp://"):
             given[name] = text
     given.update({name: value for name, value in flags.items() if value is not None})
     unknown = sorted(set(given) - set(kinds))

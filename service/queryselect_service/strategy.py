@@ -137,9 +137,12 @@ def strategy(
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        own = function.__module__.startswith(f"{__package__}.kernels.")
-        (STRATEGIES if own else PLUGINS)[function.__name__] = Strategy(
-            name=function.__name__,
+        name, own = function.__name__, function.__module__.startswith(f"{__package__}.kernels.")
+        taken = STRATEGIES.get(name) or PLUGINS.get(name)
+        if taken is not None and taken.function.__module__ != function.__module__:
+            raise ValueError(f"there is a query strategy {name} already, in {taken.function.__module__}")
+        (STRATEGIES if own else PLUGINS)[name] = Strategy(
+            name=name,
             function=function,
             spec=spec,
             inputs=_inputs(function),
@@ -179,12 +182,18 @@ def _inputs(function: Callable[..., Any]) -> tuple[Input, ...]:
 
 
 def load() -> None:
-    """Imports every kernel of ours and every plug-in of the entry-point group `queryselect.strategies`."""
+    """Imports every kernel of ours and every plug-in of the entry-point group `queryselect.strategies`.
+
+    Raises RuntimeError for a plug-in that does not load: a server without a strategy it should have must not start.
+    """
     kernels = import_module(f"{__package__}.kernels")
     for module in iter_modules(kernels.__path__):
         import_module(f"{kernels.__name__}.{module.name}")
     for entry in entry_points(group="queryselect.strategies"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:
+            raise RuntimeError(f"plug-in {entry.name} ({entry.value}) does not load: {error}") from error
 
 
 def select(

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2, strategy_pb2_grpc, tensor_pb2
+from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2_grpc, tensor_pb2
 from queryselect_service.local import Local
 
 

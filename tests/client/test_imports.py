@@ -11,7 +11,7 @@ import pytest
 import queryselect
 from queryselect.v1 import strategy_pb2
 
-KINDS = strategy_pb2.Strategy.DESCRIPTOR.oneofs_by_name["kind"].fields
+KINDS = list(strategy_pb2.Strategy.DESCRIPTOR.oneofs_by_name["kind"].fields)
 
 BLOCK = """
 import sys

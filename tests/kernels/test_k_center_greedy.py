@@ -123,3 +123,19 @@ def test_the_cold_start_is_the_row_nearest_to_the_mean(local: Client):
     assert got.scores.tolist() == [0.0, 7.0]
     assert got.pool_scores.tolist() == [-4.0, -3.0, 0.0, -7.0]
     assert local.select("k_center_greedy", 1, embeddings=x, candidates=[0, 1]).indices.tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_largest_and_the_smallest_numbers_are_numbers(local: Client, dtype):
+    """Squares of these overflow, or vanish; distances don't."""
+    x = np.random.default_rng(0).uniform(-0.4, 0.4, size=(40, 3))
+    picks, _, _ = farthest_first(x, 10, np.array([0]), np.arange(40) > 0)
+    big = (x * np.finfo(dtype).max).astype(dtype)
+    got = local.select("k_center_greedy", 10, embeddings=big, labeled=[0])
+    assert got.indices.tolist() == picks.tolist()
+    grid = np.round(x * 16)
+    picks, _, _ = farthest_first(grid, 10, np.array([0]), np.arange(40) > 0)
+    small = (grid * np.finfo(dtype).smallest_subnormal).astype(dtype)
+    got = local.select("k_center_greedy", 10, embeddings=small, labeled=[0])
+    assert got.indices.tolist() == picks.tolist()
+    assert np.isfinite(got.scores).all()

@@ -32,31 +32,33 @@ class Points:
     def __init__(self, embeddings: Tensor, pool: Whole, *, normalize: bool = False) -> None:
         """embeddings: (n, D), any float type; read, never written."""
         self.embeddings, self.pool, self.normalize, self.scale = embeddings, pool, normalize, 1.0
-        n, dims = embeddings.shape
-        device = embeddings.device
-        total = torch.zeros(dims, dtype=torch.float64, device=device)
-        largest = torch.zeros(n, dtype=torch.float64, device=device)
-        self.inert = torch.zeros(n, dtype=torch.bool, device=device)
-        for span in pool.spans(n, dims * 8):
-            largest[span] = embeddings[span].abs().amax(1).double()
-            self.inert[span] = largest[span] == 0
+        n, dims, device = *embeddings.shape, embeddings.device
+        kind = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        largest = torch.empty(n, dtype=torch.float64, device=device)
+        for span in pool.spans(n, dims * embeddings.element_size()):
+            low, high = embeddings[span].aminmax(dim=1)
+            largest[span] = torch.maximum(-low, high).double()
+        self.inert = largest == 0  # (n,), rows without length
         if not normalize:
             _, peak = pool.best(largest)
-            self.scale = 2.0 ** -math.frexp(float(peak))[1]  # all entries within [-1, 1]
+            widest = 120 if kind == torch.float32 else 1000  # so that the scale itself is a normal number
+            self.scale = 2.0 ** min(max(-math.frexp(float(peak))[1], -widest), widest)  # entries of about 1
+        total = torch.zeros(dims, dtype=torch.float64, device=device)
         for span in pool.spans(n, dims * 8):
-            total += self.exact(embeddings[span]).sum(0)
+            total += self._ready(embeddings[span], kind).sum(0, dtype=torch.float64)
         self.mean = pool.sum(total) / pool.size  # (D,)
-        shift = self.mean.to(torch.bfloat16).double()
-        kind = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        self.shift = self.mean.to(torch.bfloat16).double()
         self.work = torch.empty(n, dims, dtype=kind, device=device)
         self.norms = torch.empty(n, dtype=kind, device=device)
         for span in pool.spans(n, dims * 8):
-            moved = self.exact(embeddings[span]) - shift
-            self.work[span] = moved.to(kind)
-            self.norms[span] = moved.square().sum(1).to(kind)
-        self.shift = shift
+            moved = torch.sub(self._ready(embeddings[span], kind), self.shift.to(kind), out=self.work[span])
+            self.norms[span] = torch.linalg.vector_norm(moved, dim=1).square_()
         #: Relative error of a fast squared distance, in units of the squared norms that enter it.
         self.error = torch.finfo(kind).eps * (4 + math.sqrt(dims))
+
+    def _ready(self, rows: Tensor, kind: torch.dtype) -> Tensor:
+        """Rows (m, D) as given -> scaled or normalized rows in `kind`: exact but for a last rounding."""
+        return self.exact(rows).to(kind) if self.normalize else rows.to(kind) * self.scale
 
     def exact(self, rows: Tensor) -> Tensor:
         """Rows (m, D) as given -> the float64 rows (m, D) whose distances count."""
