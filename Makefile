@@ -2,6 +2,8 @@
 # index. make check also needs Node.
 PYTHON ?= python3
 BIN := .venv/bin
+# By environment, so that the build of our own wheel is held to the constraints too.
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e
 BUF := npx --yes @bufbuild/buf@1.75.0
 
 .PHONY: help demo test check lint types format proto release-proto slow clean
@@ -16,11 +18,11 @@ help: ## What there is to make
 	@touch $@
 
 .venv/.demo: .venv/.python pyproject.toml constraints.txt
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[service,simulate]'
+	$(PIP) '.[service,simulate]'
 	@touch $@
 
 .venv/.dev: .venv/.python pyproject.toml constraints.txt
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) '.[dev]'
 	@touch $@ .venv/.demo
 
 demo: .venv/.demo ## A real active-learning loop on real images, and demo/report.html

@@ -82,7 +82,10 @@ def start(settings: Settings) -> Server:
     port = server.add_insecure_port(f"{host}:{settings.port}")
     endpoint, metrics_port = None, -1
     if settings.metrics_port >= 0:
-        endpoint, _ = metrics.serve(settings.host, settings.metrics_port)
+        try:
+            endpoint, _ = metrics.serve(settings.host, settings.metrics_port)
+        except OSError as error:
+            raise OSError(f"metrics port {settings.metrics_port}: {error}") from error
         metrics_port = endpoint.server_port
     server.start()
     return Server(server, checks, port, metrics_port, endpoint)
@@ -103,6 +106,7 @@ def run(settings: Settings) -> None:
     # Printed for people and for programs that asked for a free port.
     print(f"queryselect serves on {settings.host}:{server.port}, metrics on port {server.metrics_port}", flush=True)
     stop.wait()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait for the grace
     log.info("draining, at most %g s", settings.drain_grace)
     server.drain(settings.drain_grace)
     log.info("stopped")

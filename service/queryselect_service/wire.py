@@ -142,8 +142,10 @@ def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers) -> Ar
     if name == "UNSPECIFIED":
         raise InvalidInput(f"{path} needs a dtype; it has none", field=path)
     dtype, shape = DTYPES[message.dtype], tuple(message.shape)
-    if any(size < 0 for size in shape):
-        raise InvalidInput(f"{path} needs sizes of at least 0; its shape is ({' '.join(map(str, shape))})", field=path)
+    # Strides count the bytes of every dimension but the first, a length of 0 elsewhere notwithstanding.
+    if any(size < 0 for size in shape) or math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 1 << 63:
+        text = " ".join(map(str, shape))
+        raise InvalidInput(f"{path} needs sizes of at least 0 that memory can hold; its shape is ({text})", field=path)
     source = message.WhichOneof("source")
     if source == "ref":
         raise Unsupported("this server does not read tensors by reference", field=path)

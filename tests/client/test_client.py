@@ -273,9 +273,9 @@ def test_a_job_can_be_cancelled_while_it_waits_for_its_turn(client: Client, slow
 
 @pytest.mark.parametrize("per", ["call", "client"])
 def test_a_timeout_stops_the_kernel(address: str, slow: Slow, per: str) -> None:
+    options = {"timeout": 1.0} if per == "call" else {}
     with Client(address, timeout=1.0 if per == "client" else None) as client:
         with pytest.raises(DeadlineExceeded) as caught:
-            options = {"timeout": 1.0} if per == "call" else {}
             client.select(Custom(name="slow"), 1, num_rows=5, request_id="mine", **options)
         assert isinstance(caught.value, TimeoutError)
         assert (caught.value.code, caught.value.request_id) == ("DEADLINE_EXCEEDED", "mine")

@@ -46,22 +46,39 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
-@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
-def test_the_wheel_installs_as_a_thin_client(wheel, tmp_path, version):
-    python = shutil.which(f"python{version}")
-    works = python and subprocess.run([python, "--version"], capture_output=True, check=False).returncode == 0
-    if not works:
-        pytest.skip(f"there is no Python {version} on this machine")
+def interpreter(version: str) -> str:
+    """A Python of that version, on the path or pyenv's; says so loudly where there is none."""
+    for found in (shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python")):
+        if found and subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0:
+            return str(found)
+    pytest.skip(f"there is no Python {version} on this machine")
+
+
+#: The oldest versions that pyproject.toml allows.
+FLOORS = [
+    "grpcio==1.71.2", "grpcio-status==1.71.2", "grpcio-health-checking==1.71.2", "protobuf==5.29.0",
+    "googleapis-common-protos==1.66.0", "numpy==1.26.0", "tqdm==4.66.0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("version", "floors"), [("3.11", True), ("3.11", False), ("3.12", False), ("3.13", False)])
+def test_the_wheel_installs_as_a_thin_client(wheel, tmp_path, version, floors, target):
+    python = interpreter(version)
     run(python, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
     own = tmp_path / "venv" / "bin"
-    run(str(own / "pip"), "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel), cwd=tmp_path)
-    code = """
-import importlib.util, queryselect
+    held = FLOORS if floors else ["-c", str(ROOT / "constraints.txt")]
+    run(str(own / "pip"), "install", "-q", *held, str(wheel), cwd=tmp_path)
+    code = f"""
+import importlib.util, numpy, queryselect
 assert importlib.util.find_spec("torch") is None
 assert importlib.util.find_spec("pandas") is None
-print(queryselect.__version__, queryselect.Client("localhost:1"), queryselect.Margin(top_k=2))
+with queryselect.Client("{target}") as client:
+    print(client.select(queryselect.KCenterGreedy(), 2, embeddings=numpy.eye(3), labeled=[1]).indices)
+    print(client.select("margin", 1, logits=numpy.eye(3), params={{"top_k": 2}}).strategy)
 """
-    assert "top_k: 2" in run(str(own / "python"), "-W", "error", "-c", code, cwd=tmp_path)
+    printed = run(str(own / "python"), "-W", "error", "-c", code, cwd=tmp_path)
+    assert "[0 2]" in printed
+    assert "top_k: 2" in printed
     health = subprocess.run([own / "queryselect", "health", "127.0.0.1:1"], capture_output=True, check=False, env=CLEAN)
     assert health.returncode == 2
     serve = subprocess.run([own / "queryselect", "serve"], capture_output=True, text=True, check=False, env=CLEAN)

@@ -56,7 +56,8 @@ def test_it_draws_without_complaints(chromium, page, tmp_path, scheme):
             chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}",
-            "--enable-logging=stderr", "--log-level=0", "--window-size=1200,2000", f"--screenshot={shot}", page.as_uri(),
+            "--enable-logging=stderr", "--log-level=0", "--window-size=1200,2000", f"--screenshot={shot}",
+            page.as_uri(),
         ],
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
