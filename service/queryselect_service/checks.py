@@ -5,6 +5,7 @@ Messages say what is needed, its shape, and what came; the first bad row is name
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
 #: Lists that no row may share.
 DISJOINT = (("labeled", "pending", "excluded"), ("candidates", "pending", "excluded"))
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 #: Rows whose values are checked at once.
 BLOCK_ROWS = 4096
 
@@ -34,6 +36,12 @@ class Array:
     def described(self) -> str:
         """Its name and shape for messages: `embeddings (1797 64)`."""
         return f"{self.path.rpartition('.')[2]} {shape_text(self.shape)}"
+
+
+def check_request_id(given: str) -> None:
+    """Raises InvalidInput for an id that could not stand in metadata and in logs; none is fine."""
+    if given and not REQUEST_ID.fullmatch(given):
+        raise InvalidInput("request_id needs 1 to 128 printable ASCII characters; it has others", field="request_id")
 
 
 def shape_text(shape: tuple[int, ...]) -> str:

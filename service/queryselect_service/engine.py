@@ -71,8 +71,11 @@ class Engine:
         self._waiting = 0
 
     def probe(self) -> None:
-        """One tiny operation on the device; raises whatever the device raises."""
-        torch.zeros(2, device=self.device).sum().item()
+        """One tiny operation on the device. Raises RuntimeError where it does not work."""
+        try:
+            torch.zeros(2, device=self.device).sum().item()
+        except Exception as error:  # torch asserts where it was built without CUDA
+            raise RuntimeError(f"device {self.device} does not work: {error}") from error
 
     @property
     def model(self) -> str | None:

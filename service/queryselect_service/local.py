@@ -11,6 +11,7 @@ from google.rpc import status_pb2
 
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import status
+from queryselect_service.checks import check_request_id
 from queryselect_service.engine import Call
 from queryselect_service.service import Service
 from queryselect_service.settings import Settings
@@ -38,6 +39,7 @@ class Local:
     ) -> selection_pb2.SelectResponse:
         """Selects; tensors marked as streamed are taken from `buffers` by path. Raises StatusError."""
         try:
+            check_request_id(message.request_id)
             return self._service.select(message, call, buffers)
         except Exception as error:
             raise StatusError(status.from_exception(error)) from error

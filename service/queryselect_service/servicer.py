@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 import uuid
@@ -21,15 +20,13 @@ from queryselect.v1 import (
     strategy_pb2_grpc,
 )
 from queryselect_service import status
+from queryselect_service.checks import REQUEST_ID, check_request_id
 from queryselect_service.engine import Call
-from queryselect_service.errors import InvalidInput, ServiceError, Unsupported
+from queryselect_service.errors import ServiceError, Unsupported
 from queryselect_service.metrics import Metrics
 from queryselect_service.service import Service
 
 Answer = TypeVar("Answer")
-
-#: What a request id may be: it stands in metadata and in logs.
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +55,7 @@ class Frontend:
         if remaining is not None and remaining < threading.TIMEOUT_MAX:
             call.deadline = started + remaining
         try:
-            _check_request_id(given)
+            check_request_id(given)
             if not context.add_callback(call.gone.set):
                 call.gone.set()
             result = work(call)
@@ -74,11 +71,6 @@ class Frontend:
             self.metrics.requests.labels(rpc, strategy, code.name).inc()
             self.metrics.duration.labels(rpc, strategy).observe(seconds)
             log.info("%s %s %s %s %.1f ms", call.request_id, rpc, strategy or "-", code.name, seconds * 1e3)
-
-
-def _check_request_id(given: str) -> None:
-    if given and not REQUEST_ID.fullmatch(given):
-        raise InvalidInput("request_id needs 1 to 128 printable ASCII characters; it has others", field="request_id")
 
 
 class SelectionServicer(selection_pb2_grpc.SelectionServiceServicer):

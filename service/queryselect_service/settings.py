@@ -19,9 +19,11 @@ PREFIX = "QUERYSELECT_"
 MIB = 1 << 20
 
 
-def setting(default: Any, doc: str, *, low: float | None = None, secret: bool = False) -> Any:
-    """A setting with its default, one line of documentation, and its smallest value."""
-    return field(default=default, metadata={"doc": doc, "low": low, "secret": secret})
+def setting(
+    default: Any, doc: str, *, low: float | None = None, high: float | None = None, secret: bool = False
+) -> Any:
+    """A setting with its default, one line of documentation, and its smallest and largest value."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "secret": secret})
 
 
 def _host_bytes() -> int:
@@ -33,8 +35,10 @@ class Settings:
     """The settings of one server."""
 
     host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(50051, "port for gRPC; 0 takes a free one", low=0)
-    metrics_port: int = setting(9090, "port for Prometheus' /metrics; -1 for none, 0 takes a free one", low=-1)
+    port: int = setting(50051, "port for gRPC; 0 takes a free one", low=0, high=65_535)
+    metrics_port: int = setting(
+        9090, "port for Prometheus' /metrics; -1 for none, 0 takes a free one", low=-1, high=65_535
+    )
     device: str = setting("auto", "torch device for selections; auto: cuda where there is one, else cpu")
     log_level: str = setting("INFO", "least severity that is logged")
     max_rows: int = setting(50_000_000, "rows of a pool", low=1)
@@ -54,9 +58,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            value, low = getattr(self, each.name), each.metadata["low"]
+            value, low, high = getattr(self, each.name), each.metadata["low"], each.metadata["high"]
             if low is not None and not value >= low:
                 raise ValueError(f"{each.name} must be at least {low}; it is {value}")
+            if high is not None and not value <= high:
+                raise ValueError(f"{each.name} must be at most {high}; it is {value}")
 
     def __str__(self) -> str:
         """One line per setting, secrets redacted."""
@@ -98,7 +104,10 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
 
 
 def _convert(name: str, value: Any, kind: type) -> Any:
+    """A text becomes what it says; a value that TOML or argparse gave a type already must have the right one."""
     try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be of type {kind.__name__}; it is {value!r}") from None
+        if isinstance(value, str) or type(value) is kind or (kind is float and type(value) is int):
+            return kind(value)
+    except ValueError:
+        pass
+    raise ValueError(f"{name} must be of type {kind.__name__}; it is {value!r}")

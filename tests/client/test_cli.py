@@ -188,6 +188,7 @@ def test_a_server_that_can_not_start_says_why(target: str) -> None:
     cases = [
         (["--port", target.rpartition(":")[2]], "Failed to bind to address"),
         (["--device", "toaster"], "toaster"),
+        (["--device", "cuda:99"], "device cuda:99 does not work"),
         (["--log-level", "LOUD"], "Unknown level: 'LOUD'"),
     ]
     # In processes of their own: a start touches signals and logging.

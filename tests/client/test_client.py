@@ -152,6 +152,13 @@ def test_errors_are_the_same_here_and_there(
     assert there.code in {"INVALID_ARGUMENT", "OUT_OF_RANGE", "UNIMPLEMENTED"}
 
 
+def test_a_request_id_that_cannot_be_logged_is_refused_here_and_there(local: Client, remote: Client) -> None:
+    for client in (local, remote):
+        with pytest.raises(InvalidInput, match="printable ASCII") as caught:
+            client.select("random", 1, num_rows=3, request_id="a b\n")
+        assert caught.value.field == "request_id"
+
+
 def test_descriptions_are_the_same_here_and_there(local: Client, remote: Client) -> None:
     assert local.strategies() == remote.strategies()
     assert {each.name for each in remote.strategies()} == {*strategies.STRATEGIES, *strategies.PLUGINS}

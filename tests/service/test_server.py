@@ -174,7 +174,7 @@ def test_a_taken_port_is_an_error(running):
 
 
 def test_a_device_that_does_not_exist_is_an_error():
-    with pytest.raises((RuntimeError, AssertionError)):
+    with pytest.raises(RuntimeError, match="device cuda:99 does not work"):
         server.start(Settings(port=0, metrics_port=-1, device="cuda:99"))
 
 
@@ -194,14 +194,19 @@ def test_settings_come_from_flags_then_environment_then_file(tmp_path):
     [
         ([], {"QUERYSELECT_PORT": "many"}, "port must be of type int; it is 'many'"),
         ([], {"QUERYSELECT_MAX_ROWS": "0"}, "max_rows must be at least 1; it is 0"),
+        (["--port", "70000"], {}, "port must be at most 65535; it is 70000"),
+        (["--metrics-port", "70000"], {}, "metrics_port must be at most 65535"),
         (["--config", "CONFIG"], {}, "there is no setting colour"),
+        (["--config", "TYPES"], {}, "port must be of type int; it is 1.5"),
+        (["--config", "TRUTH"], {}, "metrics_port must be of type int; it is True"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, arguments, environment, words):
-    config = tmp_path / "queryselect.toml"
-    config.write_text('colour = "blue"')
+    files = {"CONFIG": 'colour = "blue"', "TYPES": "port = 1.5", "TRUTH": "metrics_port = true"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=words):
-        load([str(config) if each == "CONFIG" else each for each in arguments], environment)
+        load([str(tmp_path / each) if each in files else each for each in arguments], environment)
 
 
 def test_plug_ins_are_loaded_from_their_entry_points(tmp_path, monkeypatch):
