@@ -49,7 +49,7 @@ class Info:
     request_id: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Picks:
     """The chosen rows in the order of choice, best first.
 
@@ -72,6 +72,14 @@ class Picks:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __repr__(self) -> str:
+        """What a person wants to see at a prompt: how many, by what, and the first few."""
+        first = ", ".join(f"{row} ({score:.4g})" for row, score in list(self)[:5])
+        more = ", …" if len(self) > 5 else ""
+        warned = "".join(f", {each.code}" for each in self.warnings)
+        name = type(self.strategy).__name__
+        return f"Picks({len(self)} by {name}, {self.score_kind}, {self.stop_reason}{warned}: {first}{more})"
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
         """Pairs of row and score, in the order of choice."""

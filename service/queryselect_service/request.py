@@ -160,9 +160,8 @@ class Request:
         return {letter: size for letter, (size, _) in sizes.items()}
 
     def _check_types(self) -> None:
-        for name, array in self.inputs.items():
-            allowed = INTEGERS if name in INTEGER_INPUTS else FLOATS
-            check_type(array, allowed)
+        for name in self.used:
+            check_type(self.inputs[name], INTEGERS if name in INTEGER_INPUTS else FLOATS)
         for array in self.row_lists.values():
             check_type(array, (torch.bool, *INTEGERS))
         if isinstance(self.ids, Array):

@@ -152,6 +152,14 @@ def test_errors_are_the_same_here_and_there(
     assert there.code in {"INVALID_ARGUMENT", "OUT_OF_RANGE", "UNIMPLEMENTED"}
 
 
+def test_picks_show_the_first_few_at_a_prompt(local: Client) -> None:
+    line = np.array([[0.0], [1.0], [2.0], [9.0], [3.0], [4.0], [7.0]])
+    picks = local.select("k_center_greedy", 6, embeddings=line, labeled=[0])
+    assert repr(picks) == "Picks(6 by KCenterGreedy, DISTANCE, MAX_ITEMS: 3 (9), 5 (4), 2 (2), 6 (2), 1 (1), …)"
+    short = local.select("k_center_greedy", 2, embeddings=line[:2].repeat(2, axis=0), labeled=[0])
+    assert repr(short) == "Picks(2 by KCenterGreedy, DISTANCE, MAX_ITEMS, COVERED: 2 (1), 1 (0))"
+
+
 def test_a_request_id_that_cannot_be_logged_is_refused_here_and_there(local: Client, remote: Client) -> None:
     for client in (local, remote):
         with pytest.raises(InvalidInput, match="printable ASCII") as caught:

@@ -1,6 +1,15 @@
-"""On a CUDA device every strategy picks what it picks on the CPU. Calls the kernels directly: no grpc, no protobuf."""
+"""On a CUDA device every strategy picks what it picks on the CPU.
+
+Calls the kernels directly, so that a machine with torch and pytest alone can run it:
+
+    PYTHONPATH=service python -m pytest --noconftest -c tests/gpu/pytest.ini --rootdir . tests/gpu
+
+QUERYSELECT_TEST_DEVICE names another device than cuda, such as cuda:1.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -10,6 +19,7 @@ from queryselect_service.shards import Whole
 
 strategies.load()
 pytestmark = pytest.mark.gpu
+DEVICE = os.environ.get("QUERYSELECT_TEST_DEVICE", "cuda")
 N, D, C = 20_000, 96, 12
 
 
@@ -29,7 +39,7 @@ def test_the_picks_are_those_of_the_cpu(name, cold):
     candidates = torch.ones(N, dtype=torch.bool)
     candidates[context] = False
     found = {}
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", DEVICE):
         with torch.inference_mode():
             found[device] = strategies.select(
                 strategy,
@@ -40,5 +50,5 @@ def test_the_picks_are_those_of_the_cpu(name, cold):
                 context=context.to(device),
                 seed=3,
             )
-    assert found["cuda"].indices.tolist() == found["cpu"].indices.tolist()
-    torch.testing.assert_close(found["cuda"].scores.cpu(), found["cpu"].scores, rtol=1e-9, atol=0)
+    assert found[DEVICE].indices.tolist() == found["cpu"].indices.tolist()
+    torch.testing.assert_close(found[DEVICE].scores.cpu(), found["cpu"].scores, rtol=1e-9, atol=0)

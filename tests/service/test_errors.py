@@ -235,8 +235,11 @@ def test_select_stream_is_not_served_yet(channel):
     assert detail(rpc_status.from_call(caught.value), error_details_pb2.ErrorInfo).reason == "UNSUPPORTED"
 
 
-def test_an_input_that_is_not_read_is_a_warning(channel):
-    answer = selection_pb2_grpc.SelectionServiceStub(channel).Select(request(embeddings=tensor(X)))
+@pytest.mark.parametrize(
+    "unread", [X, at(X, 3, 1, np.nan), np.ones((10, 2), np.int64)], ids=["good", "NaN", "integers"]
+)
+def test_an_input_that_is_not_read_is_a_warning(channel, unread):
+    answer = selection_pb2_grpc.SelectionServiceStub(channel).Select(request(embeddings=tensor(unread)))
     (warning,) = answer.warnings
     assert warning.code == selection_pb2.WARNING_CODE_UNUSED_INPUT
     assert warning.message == "margin does not read pool.embeddings"
