@@ -3,7 +3,7 @@
 A package announces its module with an entry point, and every server beside which it is installed serves it:
 
     [project.entry-points."queryselect.strategies"]
-    utility = "my_package.utility"
+    brightest = "my_package.brightest"
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from queryselect import Client, Custom
-from queryselect_service.shards import Whole
+from queryselect_service.shards import Shards
 from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import ScoreKind, Selection, strategy
 
@@ -27,7 +27,7 @@ class Brightest(Spec):
 
 @strategy(Brightest, kind=ScoreKind.POINT, cost="O(N D) time, O(N) memory", citation="this file, 2026")
 def brightest(
-    embeddings: Annotated[Tensor, "N D"], *, k: int, spec: Brightest, candidates: Tensor, pool: Whole
+    embeddings: Annotated[Tensor, "N D"], *, k: int, spec: Brightest, candidates: Tensor, pool: Shards
 ) -> Selection:
     """Prefers rows with the longest embeddings."""
     lengths = embeddings.double().norm(p=spec.power, dim=1)  # (n,)

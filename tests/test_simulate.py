@@ -110,5 +110,9 @@ def test_what_cannot_be_is_said(blobs, local: Client):
     options = {"test_features": test_x, "test_labels": test_y, "strategies": ["random"], "progress": False}
     with pytest.raises(ValueError, match="need 210 rows; there are 186"):
         curves(local, x, y, rounds=20, budget=10, initial=10, **options)
+    with pytest.raises(ValueError, match="a round, a budget and a seed"):
+        curves(local, x, y, **{**options, "seeds": []})
+    with pytest.raises(ValueError, match="the same name"):
+        curves(local, x, y, **{**options, "strategies": [KCenterGreedy(), KCenterGreedy(normalize=True)]})
     with pytest.raises(ValueError, match="186 rows of features and 185 labels"):
         curves(local, x, y[1:], **options)

@@ -46,7 +46,7 @@ def to_wire(value: Any, path: str, *, rows: bool = False) -> WireArray:
     """
     index = getattr(value, "index", None) if hasattr(value, "to_numpy") else None
     array, name = _as_numpy(value, path)
-    if rows and not array.size and array.dtype.kind == "f":
+    if rows and not array.size and array.dtype.kind in "fO":
         array, name = array.astype(np.int64), "int64"
     if name == "uint64" and array.size and array.max() > np.iinfo(np.int64).max:
         raise InvalidInput(f"{path} has integers over 2^63 - 1", field=path)
@@ -62,6 +62,8 @@ def to_wire(value: Any, path: str, *, rows: bool = False) -> WireArray:
 
 def _as_numpy(value: Any, path: str) -> tuple[np.ndarray[Any, Any], str]:
     """The value as a numpy array, and the name of its element type."""
+    if isinstance(value, np.ma.MaskedArray) and value.mask.any():
+        raise InvalidInput(f"{path} has masked entries, which do not travel; fill or drop them", field=path)
     try:
         if hasattr(value, "detach") and hasattr(value, "numpy"):
             return _of_torch(value.detach().cpu())

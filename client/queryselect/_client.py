@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import random
 import threading
 import time
@@ -27,6 +29,8 @@ ProgressCallback = Callable[[str, int, int | None], Any]
 
 #: The first wait before trying again and the longest, in seconds; it doubles in between.
 BACKOFF, LONGEST_BACKOFF = 0.1, 5.0
+#: The longest wait for the description of strategies before a selection, in seconds.
+DESCRIBE_SECONDS = 5.0
 
 
 class Inputs(TypedDict, total=False):
@@ -139,10 +143,10 @@ class Client:
         timeout: float | None = None,
         retries: int = 3,
     ) -> None:
-        self._transport: Transport = (
-            InProcess() if target.startswith("local:") else Remote(target, token=token, tls=tls)
-        )
-        self._timeout, self._retries = timeout, retries
+        if not isinstance(retries, int) or retries < 0:
+            raise ValueError(f"retries needs a whole number of at least 0; it is {retries!r}")
+        self._transport: Transport = InProcess() if target == "local:" else Remote(target, token=token, tls=tls)
+        self._timeout, self._retries = _seconds(timeout), retries
         self._lock, self._closed = threading.Lock(), False
         self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()
         self._described: dict[str, strategy_pb2.StrategyDescription] | None = None
@@ -183,10 +187,11 @@ class Client:
 
     def _submit(self, cancel: Cancel, strategy: str | Message, budget: int | None, options: Options) -> Job:
         given: dict[str, Any] = dict(options)
-        timeout = given.pop("timeout", self._timeout)
+        timeout = _seconds(given.pop("timeout", self._timeout))
         deadline = None if timeout is None else time.monotonic() + timeout
         progress = given.pop("progress", False)
-        returns = list(given.pop("returns", ()))
+        returns = given.pop("returns", ())
+        returns = [returns] if isinstance(returns, str) else list(returns)
         if given.pop("return_pool_scores", False) and "POOL_SCORES" not in returns:
             returns.append("POOL_SCORES")
         prepared = prepare(
@@ -227,11 +232,15 @@ class Client:
         return self._transport
 
     def _descriptions(self, timeout: float | None) -> dict[str, strategy_pb2.StrategyDescription]:
-        """What each strategy reads; asked at first. Empty, and asked again, while the server is not there."""
+        """What each strategy reads; asked at first. Empty, and asked again, while the server is not there.
+
+        A silent server costs a bounded wait here: without an answer everything is sent.
+        """
         transport = self._open()
         if self._described is None:  # two threads may both ask: better than one waiting for the other's timeout
             try:
-                listed = transport.list_strategies(timeout).strategies
+                wait = DESCRIBE_SECONDS if timeout is None else min(timeout, DESCRIBE_SECONDS)
+                listed = transport.list_strategies(wait).strategies
             except QuerySelectError:
                 return {}  # the selection itself will tell what is wrong, and retries
             self._described = {each.name: each for each in listed}
@@ -245,6 +254,10 @@ class Client:
             budget, request_id = prepared.message.stop.max_items, prepared.message.request_id
             report("selecting", 0, budget)
             lost = 0
+
+            def on_progress(done: int, total: int) -> None:
+                report("selecting", done, total)
+
             for tried in range(self._retries + 1):
                 if cancel.event.is_set():
                     raise Cancelled("the call was cancelled", request_id=request_id)
@@ -252,7 +265,7 @@ class Client:
                 if left is not None and left <= 0:
                     raise DeadlineExceeded("the timeout passed before the answer came", request_id=request_id)
                 try:
-                    message = self._transport.select(prepared, left, cancel)
+                    message = self._transport.select(prepared, left, cancel, on_progress)
                     break
                 except QuerySelectError as error:
                     wait = _wait(error, tried)
@@ -263,6 +276,15 @@ class Client:
                 cancel.event.wait(wait)
             report("selecting", budget, budget)
             return from_response(message, prepared.ids)
+
+
+def _seconds(timeout: Any) -> float | None:
+    """A timeout, or ValueError. One that is over already is a timeout too."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real) or math.isnan(timeout):
+        raise ValueError(f"timeout needs a number of seconds; it is {timeout!r}")
+    return float(timeout)
 
 
 def _wait(error: QuerySelectError, tried: int) -> float:
@@ -280,13 +302,13 @@ def _show(progress: bool | ProgressCallback, budget: int | None) -> AbstractCont
 
 
 class _Bar:
-    """A tqdm bar over the picks of one selection."""
+    """A tqdm bar over the work of one selection."""
 
     def __init__(self, budget: int | None) -> None:
         self._budget = budget
 
     def __enter__(self) -> ProgressCallback:
-        self._bar = tqdm(total=self._budget, unit="pick")
+        self._bar = tqdm(total=self._budget, unit="")
         return self._update
 
     def __exit__(self, *_: object) -> None:

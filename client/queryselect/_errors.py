@@ -176,7 +176,10 @@ def from_rpc(error: grpc.Call, request_id: str = "") -> QuerySelectError:
     except (DecodeError, ValueError):  # details that can't be read, or that contradict the call's own code
         status = None
     if status is None:  # gRPC itself failed, or a proxy
-        status = status_pb2.Status(code=error.code().value[0], message=error.details() or "")
+        message = error.details() or ""
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            message = "the timeout passed before the answer came"
+        status = status_pb2.Status(code=error.code().value[0], message=message)
     found = from_status(status, request_id)
     pushback = trailers.get("grpc-retry-pushback-ms")
     if pushback is not None:

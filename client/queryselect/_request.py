@@ -6,6 +6,7 @@ The messages' own descriptors drive this: an argument is a field of Pool, by nam
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,18 @@ ROW_LISTS = ("labeled", "pending", "excluded", "candidates")
 ALWAYS = (*ROW_LISTS, "costs", "item_rows")
 #: Tensors of the pool whose first dimension is not N.
 NOT_PER_ROW = ("head_weights", "head_bias", "labels", *ROW_LISTS)
+#: Words for the types of single values.
+_TYPES = {
+    FieldDescriptor.CPPTYPE_BOOL: "True or False",
+    FieldDescriptor.CPPTYPE_INT32: "a whole number",
+    FieldDescriptor.CPPTYPE_INT64: "a whole number within 64 bits",
+    FieldDescriptor.CPPTYPE_UINT32: "a whole number of at least 0",
+    FieldDescriptor.CPPTYPE_UINT64: "a whole number from 0 to 2^64 - 1",
+    FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+    FieldDescriptor.CPPTYPE_FLOAT: "a number",
+    FieldDescriptor.CPPTYPE_STRING: "a text",
+    FieldDescriptor.CPPTYPE_ENUM: "the name of a value",
+}
 _FIELDS = selection_pb2.Pool.DESCRIPTOR.fields_by_name
 
 
@@ -102,6 +115,8 @@ def _add_inputs(
                 prepared.arrays[f"pool.{name}"] = array
             if array.shape and (name not in NOT_PER_ROW or (name in ROW_LISTS and array.data.dtype == bool)):
                 sizes.append(array.shape[0])
+                if not upload:  # the server says so of what it sees
+                    _check_rows(name, array, sizes[0])
                 told = told or (upload and name not in ROW_LISTS)
                 ids = array.index if ids is None else ids
     if description is not None:
@@ -112,6 +127,13 @@ def _add_inputs(
         _keep_ids(prepared, ids, sizes)
     if sizes and not told and not message.pool.HasField("num_rows"):
         message.pool.num_rows = sizes[0]
+
+
+def _check_rows(name: str, array: WireArray, rows: int) -> None:
+    """Raises InvalidInput for an array of another number of rows."""
+    if array.shape[0] != rows:
+        shape = " ".join(map(str, array.shape))
+        raise InvalidInput(f"pool.{name} needs {rows} rows; it has ({shape})", field=f"pool.{name}")
 
 
 def _keep_ids(prepared: Prepared, ids: Any, sizes: list[int]) -> None:
@@ -137,6 +159,8 @@ def to_strategy(strategy: str | Message, params: Mapping[str, Any] | None = None
                 break
         else:
             raise InvalidInput(f"{strategy.DESCRIPTOR.full_name} is no query strategy", field="strategy")
+    elif isinstance(strategy, type):
+        raise InvalidInput(f"a query strategy is an object: {strategy.__name__}(), not the class", field="strategy")
     elif strategy in fields:
         name = strategy
         getattr(message, name).SetInParent()
@@ -187,8 +211,8 @@ def _fill(message: Message, values: Mapping[str, Any], path: str, arrays: dict[s
     for name, value in values.items():
         field, at = fields.get(name), f"{path}{name}"
         if field is None:
-            owner = message.DESCRIPTOR.name
-            raise InvalidInput(f"{owner} has no field {name!r}{_nearest(name, fields)}", field=at)
+            owner, what = message.DESCRIPTOR.name, "parameter" if path.startswith("strategy.") else "field"
+            raise InvalidInput(f"{owner} has no {what} {name!r}{_nearest(name, fields)}", field=at)
         if value is None:
             continue
         if field.message_type is None:
@@ -196,15 +220,21 @@ def _fill(message: Message, values: Mapping[str, Any], path: str, arrays: dict[s
         elif _is_tensor(field):
             _add(getattr(message, name), value, at, arrays)
         elif field.message_type.GetOptions().map_entry:
-            for key, each in value.items():
-                _add(getattr(message, name)[key], each, f"{at}.{key}", arrays)
+            for key, each in _listed(value, Mapping, "a mapping", at).items():
+                _add(getattr(message, name)[key], each, f"{at}[{key}]", arrays)
         elif field.message_type.full_name == "google.protobuf.Struct":
             _update(getattr(message, name), value, at)
         elif hasattr(getattr(message, name), "add"):  # repeated; descriptors of older protobufs say it otherwise
-            for position, each in enumerate(value):
+            for position, each in enumerate(_listed(value, Sequence, "a list", at)):
                 _fill(getattr(message, name).add(), each, f"{at}[{position}].", arrays)
         else:
             _fill(getattr(message, name), value, f"{at}.", arrays)
+
+
+def _listed(value: Any, kind: Any, words: str, path: str) -> Any:
+    if not isinstance(value, kind):
+        raise InvalidInput(f"{path} needs {words}; it is a {type(value).__name__}", field=path)
+    return value
 
 
 def _add(tensor: tensor_pb2.Tensor, value: Any, path: str, arrays: dict[str, WireArray]) -> None:
@@ -227,11 +257,12 @@ def _set(message: Message, name: str, value: Any, path: str) -> None:
     if field.enum_type is not None:
         value = _enum(field.enum_type, value, path + name)
     elif isinstance(value, bool) != (field.cpp_type == FieldDescriptor.CPPTYPE_BOOL):  # protobuf takes True for 1
-        raise InvalidInput(f"{path}{name} has the wrong type: {value!r}", field=path + name)
+        raise InvalidInput(f"{path}{name} needs {_TYPES[field.cpp_type]}; it is {value!r}", field=path + name)
     try:
         setattr(message, name, value)
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"{path}{name}: {error}", field=path + name) from None
+    except (TypeError, ValueError):
+        needed = _TYPES[field.cpp_type]
+        raise InvalidInput(f"{path}{name} needs {needed}; it is {value!r}", field=path + name) from None
 
 
 def _enum(descriptor: Any, value: Any, path: str) -> Any:
@@ -251,12 +282,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _tensor_at(message: Message, path: str) -> Any:
-    """The tensor of a path such as references[0].labels."""
-    head, _, rest = path.partition(".")
-    name, _, position = head.rstrip("]").partition("[")
-    at = getattr(message, name)
-    if position:
+    """The tensor of a path such as references[0].labels or pool.inputs[pixels]."""
+    name = re.split(r"[.\[]", path, maxsplit=1)[0]
+    at, rest = getattr(message, name), path[len(name) :]
+    if rest.startswith("[") and not isinstance(at, Message):
+        if not hasattr(at, "add"):  # a map, whose keys may hold any character
+            return at[rest[1:-1]]
+        position, _, rest = rest[1:].partition("]")
         at = at[int(position)]
-    elif not isinstance(at, Message):  # a map, whose keys may hold any character
-        return at[rest]
-    return _tensor_at(at, rest) if rest else at
+    return _tensor_at(at, rest[1:]) if rest else at

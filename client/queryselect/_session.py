@@ -23,7 +23,7 @@ class Session:
 
     Picks are pending until they are labelled or released, and neither pending nor labelled rows are picked again. Each
     round draws with its own seed, derived from `seed`. Inputs given here are sent in every round; those given to `next`
-    win over them.
+    win over them. `labeled`: the rows that have labels at first.
 
     >>> import numpy as np
     >>> with Client("local:") as client:
@@ -64,6 +64,9 @@ class Session:
         """The next rows to label; they are pending from now on. inputs: what has changed, such as probabilities."""
         if self.client is None:
             raise ValueError("this session has no client; set session.client")
+        known = {"labeled", "pending"} & {*self._inputs, *inputs}
+        if known:
+            raise TypeError(f"a session knows {' and '.join(sorted(known))} by itself; see label() and release()")
         arguments = {**self._inputs, **inputs, "labeled": self.labeled, "pending": self.pending}
         if arguments.get("candidates") is not None:  # rows named there could be picked again
             free = _rows(arguments["candidates"], "pool.candidates") - self._labeled - self._pending

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -21,11 +22,18 @@ from queryselect.v1 import (
 
 Answer = TypeVar("Answer")
 
+#: Told the work done and the work in all.
+Report = Callable[[int, int], None]
+
 MIB = 1 << 20
 #: What fits one message to a server with default limits.
 INLINE_BYTES = 64 * MIB
 #: Room for the answer: pool_scores of a full message, a million picks, and their ids.
 ANSWER_BYTES = 256 * MIB
+
+
+#: Targets that never leave this machine.
+_LOOPBACK = re.compile(r"(dns:/*|ipv4:|ipv6:)?(localhost|127\.[\d.]+|\[::1\]|::1)(:\d+)?$|unix:")
 
 
 class Cancel:
@@ -54,7 +62,9 @@ class Cancel:
 class Transport(Protocol):
     """A way to a service. Methods raise QuerySelectError; timeouts are in seconds, None for none."""
 
-    def select(self, prepared: Prepared, timeout: float | None, cancel: Cancel) -> selection_pb2.SelectResponse: ...
+    def select(
+        self, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report
+    ) -> selection_pb2.SelectResponse: ...
 
     def list_strategies(self, timeout: float | None) -> strategy_pb2.ListStrategiesResponse: ...
 
@@ -77,12 +87,20 @@ class Remote:
             self._channel = grpc.secure_channel(target, credentials, options)
         else:
             self._channel = grpc.insecure_channel(target, options)
+            if token and not _LOOPBACK.match(target):
+                raise ValueError(f"a token would travel in clear text to {target}; use tls")
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._selection = selection_pb2_grpc.SelectionServiceStub(self._channel)
         self._strategy = strategy_pb2_grpc.StrategyServiceStub(self._channel)
         self._server = server_pb2_grpc.ServerServiceStub(self._channel)
 
-    def select(self, prepared: Prepared, timeout: float | None, cancel: Cancel) -> selection_pb2.SelectResponse:
+    def select(
+        self,
+        prepared: Prepared,
+        timeout: float | None,
+        cancel: Cancel,
+        report: Report,  # noqa: ARG002  # a unary call tells nothing on its way
+    ) -> selection_pb2.SelectResponse:
         """One unary call with every array inside."""
         if prepared.num_bytes > INLINE_BYTES:
             raise TooLarge(f"the inputs are {prepared.num_bytes} bytes; one message takes {INLINE_BYTES}")
@@ -127,9 +145,11 @@ class InProcess:
             raise ImportError(message) from error
         self._local, self._failure = Local(), StatusError
 
-    def select(self, prepared: Prepared, timeout: float | None, cancel: Cancel) -> selection_pb2.SelectResponse:
+    def select(
+        self, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report
+    ) -> selection_pb2.SelectResponse:
         """One call; arrays are not copied."""
-        call = self._local.call(prepared.message.request_id, timeout)
+        call = self._local.call(prepared.message.request_id, timeout, report)
         cancel.attach(call.gone.set)
         buffers = {path: array.data for path, array in prepared.arrays.items()}
         try:

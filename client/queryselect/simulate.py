@@ -166,11 +166,15 @@ def curves(
         if len(each) != len(its):
             raise ValueError(f"there are {len(each)} rows of features and {len(its)} labels")
     needed = initial + rounds * budget
+    if rounds < 1 or budget < 1 or not len(seeds):
+        raise ValueError(f"there must be a round, a budget and a seed; there are {rounds}, {budget} and {len(seeds)}")
     if initial < 1 or needed > len(x):
         raise ValueError(
             f"{initial} initial rows and {rounds} rounds of {budget} need {needed} rows; there are {len(x)}"
         )
     named = strategies if isinstance(strategies, Mapping) else {_name(each): each for each in strategies}
+    if len(named) < len(strategies):
+        raise ValueError("two strategies have the same name; give a mapping from names of your own to strategies")
     classes = np.unique(y)
     starts = np.stack([np.random.default_rng(seed).choice(len(x), initial, replace=False) for seed in seeds])
     runs: dict[str, list[_Run]] = {name: [] for name in named}

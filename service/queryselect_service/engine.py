@@ -14,29 +14,33 @@ import os
 import threading
 import time
 import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from queryselect_service.errors import Busy, Cancelled, DeadlineExceeded, OutOfMemory
-from queryselect_service.request import Problem
+from queryselect_service.request import Request
 from queryselect_service.settings import Settings
 from queryselect_service.shards import Whole
 from queryselect_service.strategy import Selection
 
 #: How often a waiting caller looks whether it is still wanted, in seconds.
 POLL = 0.05
-#: When a caller who found the line full should come back, in seconds.
+#: When a caller who found no room should come back, in seconds.
 RETRY_AFTER = 1.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
-    """One caller: whether it still wants the answer, and until when (time.monotonic)."""
+    """One caller: whether it still wants the answer, until when (time.monotonic), and whom to tell how far it is."""
 
     request_id: str
     deadline: float | None = None
     gone: threading.Event = field(default_factory=threading.Event)
+    report: Callable[[int, int], None] = lambda *_: None
 
     def check(self) -> None:
         """Raises Cancelled or DeadlineExceeded."""
@@ -58,7 +62,7 @@ class Times:
 
 
 class Engine:
-    """Runs problems on one device, one at a time."""
+    """Runs selections on one device, one at a time."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -66,9 +70,8 @@ class Engine:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
-        self._turn = threading.Lock()
-        self._count = threading.Lock()
-        self._waiting = 0
+        self._line: deque[Call] = deque()
+        self._changed = threading.Condition()
 
     def probe(self) -> None:
         """One tiny operation on the device. Raises RuntimeError where it does not work."""
@@ -89,51 +92,60 @@ class Engine:
         page = os.sysconf("SC_PAGE_SIZE")
         return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
 
-    def run(self, problem: Problem, call: Call, times: Times) -> Selection:
-        """Waits for the device and solves the problem there.
+    def run(self, request: Request, call: Call, times: Times) -> Selection:
+        """Waits for the device and selects there.
 
         Raises Busy where the line is full or the wait too long, Cancelled or DeadlineExceeded where the caller has
-        gone, OutOfMemory where the device's memory ends.
+        gone, OutOfMemory where the memory of device or host ends.
         """
         started = time.monotonic()
-        self._wait(call)
-        times.queue = time.monotonic() - started
-        try:
-            with torch.inference_mode():
-                return self._solve(problem, call, times)
-        except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the very tensors that filled the device
-            torch.cuda.empty_cache()
-            raise OutOfMemory(
-                f"{self.device} is out of memory; its caches are empty now", retry_after=RETRY_AFTER
-            ) from None
-        finally:
-            self._turn.release()
+        with self._turn(call):
+            times.queue = time.monotonic() - started
+            try:
+                with torch.inference_mode():
+                    return self._solve(request, call, times)
+            except (MemoryError, RuntimeError) as error:
+                if not _ran_out(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold the very tensors that filled the memory
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                message = f"{self.device} is out of memory; its caches are empty now"
+                raise OutOfMemory(message, retry_after=RETRY_AFTER) from None
 
-    def _solve(self, problem: Problem, call: Call, times: Times) -> Selection:
+    def _solve(self, request: Request, call: Call, times: Times) -> Selection:
         started = time.monotonic()
-        moved = problem.to(self.device)
+        problem = request.problem().to(self.device)
         times.transfer = time.monotonic() - started
         started = time.monotonic()
-        selection = moved.solve(Whole(problem.size, call.check))
+        selection = problem.solve(Whole(problem.size, call.check, call.report))
         times.kernel = time.monotonic() - started
         return selection
 
-    def _wait(self, call: Call) -> None:
-        if self._turn.acquire(blocking=False):
-            return
-        with self._count:
-            if self._waiting >= self.settings.max_queue:
-                raise Busy(f"{self._waiting} requests are waiting for {self.device} already", retry_after=RETRY_AFTER)
-            self._waiting += 1
+    @contextmanager
+    def _turn(self, call: Call) -> Iterator[None]:
+        """First come, first served; the first in the line has the device."""
+        until = time.monotonic() + self.settings.queue_wait
+        with self._changed:
+            waiting = len(self._line) - 1
+            if waiting >= self.settings.max_queue:
+                raise Busy(f"{waiting} requests are waiting for {self.device} already", retry_after=RETRY_AFTER)
+            self._line.append(call)
         try:
-            until = time.monotonic() + self.settings.queue_wait
-            while not self._turn.acquire(timeout=POLL):
-                call.check()
-                if time.monotonic() > until:
-                    raise Busy(
-                        f"{self.device} was not free within {self.settings.queue_wait:g} s", retry_after=RETRY_AFTER
-                    )
+            with self._changed:
+                while self._line[0] is not call:
+                    call.check()
+                    if time.monotonic() > until:
+                        wait = self.settings.queue_wait
+                        raise Busy(f"{self.device} was not free within {wait:g} s", retry_after=RETRY_AFTER)
+                    self._changed.wait(POLL)
+            yield
         finally:
-            with self._count:
-                self._waiting -= 1
+            with self._changed:
+                self._line.remove(call)
+                self._changed.notify_all()
+
+
+def _ran_out(error: Exception) -> bool:
+    """Whether memory ended: of the device, of Python, or of torch's allocator on the host, which has no own error."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

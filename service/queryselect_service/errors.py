@@ -47,7 +47,7 @@ class OverLimit(ServiceError):
         super().__init__(
             f"{what}: {size} is over this server's limit of {limit} ({name})",
             field=field,
-            metadata={"limit": name, "allowed": str(limit), "size": str(size)},
+            metadata={"limit": str(limit), "size": str(size), "setting": name},
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,9 @@ class Local:
         except Exception as error:
             raise StatusError(status.from_exception(error)) from error
 
-    def call(self, request_id: str, timeout: float | None) -> Call:
-        """A caller who wants the answer within `timeout` seconds; set its `gone` to cancel."""
-        return Call(request_id, None if timeout is None else time.monotonic() + timeout)
+    def call(self, request_id: str, timeout: float | None, report: Callable[[int, int], None]) -> Call:
+        """A caller who wants the answer within `timeout` seconds; set its `gone` to cancel. report: told how far."""
+        return Call(request_id, None if timeout is None else time.monotonic() + timeout, report=report)
 
     def list_strategies(self) -> strategy_pb2.ListStrategiesResponse:
         """Describes every strategy."""

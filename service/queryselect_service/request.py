@@ -25,9 +25,9 @@ from queryselect_service.checks import (
 )
 from queryselect_service.errors import InvalidInput, OverLimit
 from queryselect_service.settings import Settings
-from queryselect_service.shards import Whole
+from queryselect_service.shards import Shards
 from queryselect_service.spec import Spec
-from queryselect_service.strategy import Notice, Selection, Strategy, Task
+from queryselect_service.strategy import Notice, NoticeCode, Selection, Strategy, Task
 
 #: The pool's inputs and their dimensions. Those with an N have one row per row of the pool.
 INPUTS = {
@@ -66,6 +66,8 @@ class Request:
     validate_only: bool
     ids: Array | list[str] | None
     notices: list[Notice] = field(default_factory=list)
+    size: int = 0  # N, told by check
+    rows: dict[str, Tensor] = field(default_factory=dict)  # the row lists as ascending rows, told by check
 
     def check(self, settings: Settings) -> None:
         """Raises InvalidInput or OverLimit for what is wrong as far as it is known."""
@@ -130,7 +132,7 @@ class Request:
         unused = [name for name in self.inputs if name not in self.used]
         if unused:
             message = f"{strategy.name} does not read {', '.join(f'pool.{name}' for name in unused)}"
-            self.notices.append(Notice("UNUSED_INPUT", message))
+            self.notices.append(Notice(NoticeCode.UNUSED_INPUT, message))
 
     def _check_shapes(self) -> dict[str, int]:
         """The size of every letter."""
@@ -253,7 +255,7 @@ class Problem:
         inputs = {name: x.to(device) for name, x in self.inputs.items()}
         return Problem(self.request, inputs, self.size, self.candidates.to(device), self.context.to(device), self.kept)
 
-    def solve(self, pool: Whole) -> Selection:
+    def solve(self, pool: Shards) -> Selection:
         """Runs the kernel. Rows in the answer are the request's; tensors are on the host."""
         request = self.request
         found = strategies.select(
@@ -268,7 +270,9 @@ class Problem:
             seed=request.seed,
         )
         scores: Tensor | None = None
-        if request.want_pool_scores and found.pool_scores is not None:
+        if request.want_pool_scores:
+            if found.pool_scores is None:
+                raise RuntimeError(f"{request.strategy.name} says that it has pool_scores, and returned none")
             scores = torch.where(self.candidates, found.pool_scores(), -torch.inf).cpu()
             if self.kept is not None:
                 scores = torch.full((request.size,), -torch.inf, dtype=torch.float64).index_put((self.kept,), scores)
@@ -281,6 +285,7 @@ class Problem:
             found.scores.cpu(),
             None if scores is None else lambda: scores,
             (*request.notices, *notices),
+            found.stop_reason,
         )
 
     def _original(self, rows: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType
@@ -22,6 +24,7 @@ from queryselect.v1 import (
     strategy_pb2,
     strategy_pb2_grpc,
 )
+from queryselect_service.engine import Engine
 from queryselect_service.metrics import Metrics
 from queryselect_service.service import Service
 from queryselect_service.servicer import Frontend, SelectionServicer, ServerServicer, StrategyServicer
@@ -29,6 +32,14 @@ from queryselect_service.settings import Settings
 
 #: Threads beyond those that may wait for the device, so that health and descriptions never wait behind them.
 SPARE_THREADS = 16
+
+#: Room in a message beside its tensors.
+HEADER_BYTES = 1 << 20
+
+#: Time for answers that are on their way when the port closes, in seconds.
+LAST_WORDS = 0.5
+#: How long a probe of the device counts, in seconds.
+PROBE_COUNTS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +49,58 @@ class Server:
     """A server that is listening. port and metrics_port are the real ones (metrics_port -1: none)."""
 
     grpc: grpc.Server
+    frontend: Frontend
     health: health.HealthServicer
     port: int
     metrics_port: int
     _metrics: WSGIServer | None
 
     def drain(self, grace: float) -> None:
-        """Says NOT_SERVING, lets running requests finish within `grace` seconds, and stops."""
+        """Says NOT_SERVING, refuses new requests, lets running ones finish within `grace` seconds, and stops.
+
+        The port stays open meanwhile: health checks are answered, and clients are told to try another server.
+        """
         self.health.enter_graceful_shutdown()
-        self.grpc.stop(grace).wait()
+        self.frontend.drain(grace)
+        self.grpc.stop(LAST_WORDS).wait()
         if self._metrics is not None:
             self._metrics.shutdown()
             self._metrics.server_close()
+
+
+class DeviceHealth(health.HealthServicer):
+    """Health whose readiness follows the device: a check of `services` makes one tiny operation there."""
+
+    def __init__(self, engine: Engine, services: Sequence[str]) -> None:
+        super().__init__()
+        self._engine, self._services, self._last = engine, services, 0.0
+        self._probing = threading.Lock()
+
+    def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        """Answers a check; liveness, the empty name, asks nothing of the device."""
+        if request.service in self._services and self._probing.acquire(blocking=False):
+            try:
+                self._probe()
+            finally:
+                self._probing.release()
+        answer: health_pb2.HealthCheckResponse = super().Check(request, context)
+        return answer
+
+    def _probe(self) -> None:
+        if time.monotonic() - self._last < PROBE_COUNTS:
+            return
+        states = health_pb2.HealthCheckResponse
+        try:
+            self._engine.probe()
+            ready = True
+        except RuntimeError as error:
+            log.error("not ready: %s", error)  # noqa: TRY400  # the message says it all
+            ready = False
+        self._last = time.monotonic()
+        for name in self._services:
+            self.set(name, states.SERVING if ready else states.NOT_SERVING)
 
 
 def start(settings: Settings) -> Server:
@@ -59,7 +110,7 @@ def start(settings: Settings) -> Server:
     server = grpc.server(
         ThreadPoolExecutor(settings.max_queue + SPARE_THREADS, thread_name_prefix="rpc"),
         options=[
-            ("grpc.max_receive_message_length", settings.max_inline_bytes),
+            ("grpc.max_receive_message_length", settings.max_inline_bytes + HEADER_BYTES),
             ("grpc.max_send_message_length", -1),  # answers are bounded by the service itself
             ("grpc.so_reuseport", 0),  # a second server on this port must fail, not share it
         ],
@@ -73,7 +124,7 @@ def start(settings: Settings) -> Server:
         for file in (selection_pb2, strategy_pb2, server_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
     ]
-    checks = health.HealthServicer()
+    checks = DeviceHealth(service.engine, names)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for name in ("", *names):
         checks.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -88,12 +139,16 @@ def start(settings: Settings) -> Server:
             raise OSError(f"metrics port {settings.metrics_port}: {error}") from error
         metrics_port = endpoint.server_port
     server.start()
-    return Server(server, checks, port, metrics_port, endpoint)
+    return Server(server, frontend, checks, port, metrics_port, endpoint)
 
 
 def run(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    level = settings.log_level.upper()
+    if level not in logging.getLevelNamesMapping():
+        known = ", ".join(logging.getLevelNamesMapping())
+        raise ValueError(f"log_level must be one of {known}; it is {settings.log_level!r}")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     log.info("settings\n%s", settings)
     stop = threading.Event()
 

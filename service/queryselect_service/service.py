@@ -43,7 +43,7 @@ class Service:
         times.decode = time.monotonic() - started
         selection = None
         if not request.validate_only:
-            selection = self.engine.run(request.problem(), call, times)
+            selection = self.engine.run(request, call, times)
         answer = wire.encode(selection, request)
         answer.request_id = call.request_id
         total = time.monotonic() - started

@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 import grpc
@@ -22,7 +23,7 @@ from queryselect.v1 import (
 from queryselect_service import status
 from queryselect_service.checks import REQUEST_ID, check_request_id
 from queryselect_service.engine import Call
-from queryselect_service.errors import ServiceError, Unsupported
+from queryselect_service.errors import ServiceError, Unavailable, Unsupported
 from queryselect_service.metrics import Metrics
 from queryselect_service.service import Service
 
@@ -36,6 +37,27 @@ class Frontend:
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service, self.metrics = service, metrics
+        self._running, self._ended, self._draining = 0, threading.Condition(), False
+
+    def drain(self, grace: float) -> None:
+        """Refuses what comes from now on, and waits for what runs, at most `grace` seconds."""
+        with self._ended:
+            self._draining = True
+            self._ended.wait_for(lambda: not self._running, grace)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """One running RPC. Raises Unavailable where the server is draining."""
+        with self._ended:
+            if self._draining:
+                raise Unavailable("this server is stopping; try another")
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._ended:
+                self._running -= 1
+                self._ended.notify_all()
 
     def answer(
         self,
@@ -51,14 +73,15 @@ class Frontend:
         given = request_id or str(dict(context.invocation_metadata()).get("x-request-id", ""))
         call = Call(given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
         remaining = context.time_remaining()
-        # Without a deadline gRPC says either nothing or centuries, which no clock here can count.
+        # gRPC says "no deadline" as None, or as more seconds than a clock can count.
         if remaining is not None and remaining < threading.TIMEOUT_MAX:
             call.deadline = started + remaining
         try:
             check_request_id(given)
             if not context.add_callback(call.gone.set):
                 call.gone.set()
-            result = work(call)
+            with self._counted():
+                result = work(call)
             context.set_trailing_metadata((("x-request-id", call.request_id),))
             return result
         except Exception as error:  # noqa: BLE001  # whatever it is, the caller is told and the server lives

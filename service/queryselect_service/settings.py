@@ -90,7 +90,10 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     given: dict[str, Any] = {}
     config = flags.pop("config") or environment.get(PREFIX + "CONFIG")
     if config:
-        given.update(tomllib.loads(Path(config).read_text()))
+        try:
+            given.update(tomllib.loads(Path(config).read_text()))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"config {config}: {error}") from error
     for name in kinds:
         text = environment.get(PREFIX + name.upper())
         # Kubernetes sets QUERYSELECT_PORT=tcp://… in every pod beside a Service named queryselect.

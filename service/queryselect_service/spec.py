@@ -73,8 +73,9 @@ class LabelScore(Spec):
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Raises InvalidInput where top_k is more than the labels there are."""
-        if self.top_k is not None and self.top_k > sizes["C"]:
-            raise InvalidInput(f"top_k must be at most C = {sizes['C']}; it is {self.top_k}", field="top_k")
+        labels = sizes.get("C")
+        if self.top_k is not None and labels is not None and self.top_k > labels:
+            raise InvalidInput(f"top_k must be at most C = {labels}; it is {self.top_k}", field="top_k")
 
 
 def build(spec: type[S], values: Mapping[str, Any]) -> S:

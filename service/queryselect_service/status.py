@@ -14,8 +14,8 @@ from grpc_status import rpc_status
 from queryselect_service.errors import ServiceError
 
 DOMAIN = "queryselect"
-#: The longest message sent. gRPC carries it in a header, whose whole size is bounded by 8 KiB by default.
-MESSAGE_CHARS = 1000
+#: The longest texts sent, in bytes. They travel in headers, percent-encoded or in base64, which hold 8 KiB in all.
+MESSAGE_BYTES, FIELD_BYTES = 1000, 200
 
 log = logging.getLogger(__name__)
 
@@ -24,18 +24,24 @@ def from_exception(error: BaseException) -> status_pb2.Status:
     """The status that tells a caller about `error`. Anything that is not ours is a bug: logged, and told by an id."""
     if not isinstance(error, ServiceError):
         return _bug(error)
-    message = error.message if len(error.message) <= MESSAGE_CHARS else error.message[: MESSAGE_CHARS - 1] + "…"
+    message, field = _short(error.message, MESSAGE_BYTES), _short(error.field, FIELD_BYTES)
     status = status_pb2.Status(code=getattr(code_pb2, error.code), message=message)
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     status.details.add().Pack(info)
-    if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
+    if field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after is not None:
         delay = Duration()
         delay.FromMilliseconds(round(error.retry_after * 1000))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return status
+
+
+def _short(text: str, most: int) -> str:
+    """The text, or as much of its beginning as fits `most` bytes."""
+    data = text.encode(errors="replace")
+    return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "…"
 
 
 def _bug(error: BaseException) -> status_pb2.Status:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from queryselect_service.maths.labels import aggregate_labels
 from queryselect_service.maths.predictions import distributions
-from queryselect_service.shards import Whole
+from queryselect_service.shards import Shards
 from queryselect_service.spec import LabelScore, Spec
 
 #: Rows that a pointwise strategy scores at once, always: block borders never depend on how the rows arrived.
@@ -54,11 +54,35 @@ class ScoreKind(enum.StrEnum):
     PROBABILITY = "PROBABILITY"
 
 
+class StopReason(enum.StrEnum):
+    """Why a selection ended."""
+
+    MAX_ITEMS = "MAX_ITEMS"
+    MAX_COST = "MAX_COST"
+    MIN_GAIN = "MIN_GAIN"
+    QUOTAS = "QUOTAS"
+
+
+class NoticeCode(enum.StrEnum):
+    """What a notice is about."""
+
+    INERT_ROWS = "INERT_ROWS"
+    SATURATED = "SATURATED"
+    COVERED = "COVERED"
+    CONSTRAINED = "CONSTRAINED"
+    LOW_CONFIDENCE = "LOW_CONFIDENCE"
+    SUBSAMPLED = "SUBSAMPLED"
+    UNUSED_INPUT = "UNUSED_INPUT"
+    FALLBACK = "FALLBACK"
+    SMALL_CLUSTERS = "SMALL_CLUSTERS"
+    NO_MISCLASSIFIED = "NO_MISCLASSIFIED"
+
+
 @dataclass(frozen=True)
 class Notice:
-    """Something the caller should know though all went well; `code` is a WarningCode without its prefix."""
+    """Something the caller should know though all went well."""
 
-    code: str
+    code: NoticeCode
     message: str
     rows: Tensor | None = None  # (r,) int64
 
@@ -71,6 +95,7 @@ class Selection:
     scores: Tensor  # (k,) float64
     pool_scores: Callable[[], Tensor] | None = None  # () -> (n,) float64; called only when someone asks
     notices: tuple[Notice, ...] = ()
+    stop_reason: StopReason = StopReason.MAX_ITEMS
 
 
 @dataclass(frozen=True)
@@ -131,9 +156,10 @@ def strategy(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated kernel under its own name.
 
-    The kernel takes its inputs first, annotated with their shapes, then what it wants of the keywords k, spec, context
-    (rows that count as labelled, (l,) int64), candidates ((n,) bool), seed and pool; it returns a Selection. The
-    function itself stays as it is, a plain function.
+    The kernel takes its inputs first, annotated with their shapes, then what it wants of the keywords k, spec, task,
+    context (rows of this place that count as labelled, (l,) int64), candidates ((n,) bool), seed and pool; it returns a
+    Selection. `probabilities` come as float64, whether the caller sent them or logits. The function itself stays as it
+    is, a plain function.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,14 +186,20 @@ def strategy(
     return register
 
 
-def pointwise(spec: type[Spec], *, cost: str, citation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def pointwise(
+    spec: type[Spec],
+    *,
+    cost: str,
+    citation: str,
+    tasks: tuple[Task, ...] = (Task.MULTICLASS, Task.MULTILABEL),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a kernel that scores each row by itself: inputs of a block of rows in, scores out, float64.
 
     `probabilities` come as float64 distributions over the last axis: (n, C) classes or, in a multi-label task,
-    (n, L, 2) for label absent and present. The kernel reduces the last axis; scores (n, L) are then
-    aggregated over labels.
+    (n, L, 2) for label absent and present. The kernel reduces the last axis; scores (n, L) are then aggregated over
+    labels where the Spec is a LabelScore. Inputs without an N in their shape come whole. `spec` comes if asked for.
     """
-    return strategy(spec, kind=ScoreKind.POINT, cost=cost, citation=citation, pointwise=True)
+    return strategy(spec, kind=ScoreKind.POINT, cost=cost, citation=citation, tasks=tasks, pointwise=True)
 
 
 def _inputs(function: Callable[..., Any]) -> tuple[Input, ...]:
@@ -201,7 +233,7 @@ def select(
     inputs: Mapping[str, Tensor],
     *,
     k: int,
-    pool: Whole,
+    pool: Shards,
     candidates: Tensor,
     context: Tensor,
     spec: Spec | None = None,
@@ -218,34 +250,49 @@ def select(
         scores = _score(strategy, inputs, spec, task, pool)
         indices, best = pool.top(scores, k, candidates)
         return Selection(indices, best, lambda: scores)
-    offered = {"k": k, "spec": spec, "context": context, "candidates": candidates, "seed": seed, "pool": pool}
-    wanted = inspect.signature(strategy.function).parameters
-    keywords = {name: value for name, value in offered.items() if name in wanted}
-    selection: Selection = strategy.function(**inputs, **keywords)
+    ready = {}
+    for name, x in inputs.items():
+        if name in ("probabilities", "logits"):
+            distribution = distributions(x, logits=name == "logits", multilabel=task is Task.MULTILABEL)
+            ready["probabilities"] = distribution[..., 1] if task is Task.MULTILABEL else distribution
+        else:
+            ready[name] = x
+    offered = {
+        "k": k, "spec": spec, "task": task, "context": context, "candidates": candidates, "seed": seed, "pool": pool,
+    }  # fmt: skip
+    selection: Selection = strategy.function(**ready, **_wanted(strategy, offered))
     return selection
 
 
-def _score(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task, pool: Whole) -> Tensor:
+def _wanted(strategy: Strategy, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the keywords that the kernel takes."""
+    takes = inspect.signature(strategy.function).parameters
+    return {name: value for name, value in offered.items() if name in takes}
+
+
+def _score(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task, pool: Shards) -> Tensor:
     """Every row's score (n,), in fixed blocks."""
-    first = next(iter(inputs.values()))
+    shapes = {name: each.shape for each in strategy.inputs for name in (each.name, *each.alternatives)}
+    per_row = {name: x for name, x in inputs.items() if shapes[name].startswith("N")}
+    first = next(iter(per_row.values()))
     scores = torch.empty(len(first), dtype=torch.float64, device=first.device)
     for start in range(0, len(first), POINTWISE_ROWS):
-        pool.check()
+        pool.progress(start, len(first))
         rows = slice(start, start + POINTWISE_ROWS)
-        scores[rows] = score_block(strategy, {name: x[rows] for name, x in inputs.items()}, spec, task)
+        block = {name: x[rows] if name in per_row else x for name, x in inputs.items()}
+        scores[rows] = score_block(strategy, block, spec, task)
     return scores
 
 
 def score_block(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task) -> Tensor:
     """The scores (n,) of a block of rows under a pointwise strategy."""
-    multilabel = task is Task.MULTILABEL
     block = {}
     for name, x in inputs.items():
         if name in ("probabilities", "logits"):
-            block["probabilities"] = distributions(x, logits=name == "logits", multilabel=multilabel)
+            block["probabilities"] = distributions(x, logits=name == "logits", multilabel=task is Task.MULTILABEL)
         else:
-            block[name] = x.double()
-    scores: Tensor = strategy.function(**block)
+            block[name] = x.double() if x.is_floating_point() else x
+    scores: Tensor = strategy.function(**block, **_wanted(strategy, {"spec": spec, "task": task}))
     if scores.dim() == 2 and isinstance(spec, LabelScore):  # (n, L)
         scores = aggregate_labels(scores, spec.label_aggregation, spec.top_k)
     return scores

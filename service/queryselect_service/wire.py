@@ -20,7 +20,6 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
-from google.protobuf import json_format
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -125,7 +124,7 @@ def _refuse_unserved(message: Message, path: str, served: set[str]) -> None:
 def _decode_ids(pool: selection_pb2.Pool, buffers: Buffers) -> Array | list[str] | None:
     kind = pool.ids.WhichOneof("kind")
     if kind == "integers":
-        return decode_tensor(pool.ids.integers, "pool.ids", buffers)
+        return decode_tensor(pool.ids.integers, "pool.ids.integers", buffers)
     if kind == "strings":
         return list(pool.ids.strings.values)
     if pool.HasField("ids"):
@@ -153,10 +152,10 @@ def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers) -> Ar
         if path not in buffers:
             raise InvalidInput(f"{path} is marked as streamed, which only SelectStream can send", field=path)
         return Array(path, dtype, shape, _view(buffers[path], dtype, shape))
-    if source is None:
+    needed = math.prod(shape) * dtype.itemsize
+    if source is None and needed:  # no elements may be told by no bytes
         raise InvalidInput(f"{path} needs data; it has none", field=path)
     data = message.data
-    needed = math.prod(shape) * dtype.itemsize
     if len(data) != needed:
         text = " ".join(map(str, shape))
         raise InvalidInput(
@@ -198,9 +197,9 @@ def decode_strategy(message: strategy_pb2.Strategy) -> tuple[Strategy, Spec, str
             raise Unsupported(f"this server does not know that strategy; it has {known}", field="strategy")
         raise InvalidInput(f"strategy needs a query strategy; none is set. There are {known}", field="strategy")
     chosen, values = getattr(message, name), {}
-    if "parameters" in chosen.DESCRIPTOR.fields_by_name and "name" in chosen.DESCRIPTOR.fields_by_name:
+    if name == "custom":
         strategy = PLUGINS.get(chosen.name)
-        values = json_format.MessageToDict(chosen.parameters)
+        values = dict(chosen.parameters.items())
         path = f"strategy.{name}.parameters"
         if strategy is None:
             plugins = ", ".join(sorted(PLUGINS)) or "none"
@@ -211,9 +210,9 @@ def decode_strategy(message: strategy_pb2.Strategy) -> tuple[Strategy, Spec, str
         if strategy is None:
             raise Unsupported(f"this server has no kernel for {name}; it has {known}", field="strategy")
         for field, value in chosen.ListFields():
-            known = _enum_name(field.enum_type, value, f"{path}.{field.name}") if field.enum_type else value
+            said = _enum_name(field.enum_type, value, f"{path}.{field.name}") if field.enum_type else value
             if not (field.enum_type and value == 0):  # UNSPECIFIED is the default, as if unset
-                values[field.name] = known
+                values[field.name] = said
     try:
         return strategy, specs.build(strategy.spec, values), path
     except InvalidInput as error:
@@ -260,12 +259,20 @@ def describe(strategy: Strategy) -> strategy_pb2.StrategyDescription:
     )
 
 
+_PARAMETER_TYPES = {bool: "BOOL", int: "INT", float: "FLOAT", str: "STRING"}
+
+
 def _describe_parameter(field: dataclasses.Field[Any], hint: Any) -> strategy_pb2.ParameterDescription:
     kind = next(option for option in (get_args(hint) or (hint,)) if option is not type(None))
     names = getattr(kind, "__members__", None)
     low, high = field.metadata["low"], field.metadata["high"]
     text = strategy_pb2.ParameterDescription(
-        name=field.name, type="enum" if names else kind.__name__, doc=field.metadata["doc"]
+        name=field.name,
+        type=strategy_pb2.ParameterType.Value(f"PARAMETER_TYPE_{_PARAMETER_TYPES.get(kind, 'ENUM')}"),
+        values=names or (),
+        minimum=low,
+        maximum=high,
+        doc=field.metadata["doc"],
     )
     if field.default is not None:
         text.default = str(field.default).lower() if kind is bool else str(field.default)
@@ -300,7 +307,7 @@ def encode(selection: Selection | None, request: Request) -> selection_pb2.Selec
         return message
     message.indices.CopyFrom(encode_tensor(selection.indices))
     message.scores.CopyFrom(encode_tensor(selection.scores))
-    message.stop_reason = selection_pb2.STOP_REASON_MAX_ITEMS
+    message.stop_reason = selection_pb2.StopReason.Value(f"STOP_REASON_{selection.stop_reason}")
     if isinstance(request.ids, list):
         message.ids.strings.values.extend(request.ids[row] for row in selection.indices.tolist())
     elif request.ids is not None and request.ids.data is not None:

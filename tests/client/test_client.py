@@ -152,6 +152,54 @@ def test_errors_are_the_same_here_and_there(
     assert there.code in {"INVALID_ARGUMENT", "OUT_OF_RANGE", "UNIMPLEMENTED"}
 
 
+def test_progress_in_this_process_is_told_pick_by_pick(local: Client) -> None:
+    told: list[tuple[str, int, int | None]] = []
+    x = np.random.default_rng(0).normal(size=(50, 3))
+    local.select("k_center_greedy", 4, embeddings=x, labeled=[0], progress=lambda *each: told.append(each))
+    assert [each[1] for each in told] == [0, 0, 1, 2, 3, 4]
+    assert {each[2] for each in told} == {4}
+
+
+def test_a_token_does_not_travel_in_clear_text() -> None:
+    with pytest.raises(ValueError, match="clear text"):
+        Client("selection.example.org:50051", token="secret")
+    for target in ("localhost:1", "127.0.0.1:1", "[::1]:1"):
+        Client(target, token="secret").close()
+    Client("selection.example.org:50051", token="secret", tls=True).close()
+
+
+@pytest.mark.parametrize("options", [{"retries": -1}, {"retries": 1.5}, {"timeout": "5"}, {"timeout": float("nan")}])
+def test_wrong_options_of_a_client_are_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="needs a"):
+        Client("localhost:1", **options)
+
+
+def test_only_local_itself_is_local() -> None:
+    with Client("local:50051", retries=0) as client, pytest.raises(QuerySelectError):
+        client.server_info()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "words"),
+    [
+        (KCenterGreedy, {"embeddings": np.eye(3)}, r"KCenterGreedy\(\), not the class"),
+        ("k_center_greedy", {"embeddings": np.eye(3), "params": {"normalize": "yes"}}, "True or False; it is 'yes'"),
+        ("random", {"num_rows": 3, "budget": 1.5}, "whole number within 64 bits; it is 1.5"),
+        ("random", {"num_rows": 3, "scales": 3}, "pool.scales needs a list; it is a int"),
+        ("random", {"num_rows": 3, "inputs": 3}, "pool.inputs needs a mapping; it is a int"),
+        ("random", {"embeddings": np.eye(4), "probabilities": np.eye(3)}, "pool.probabilities needs 4 rows"),
+        ("random", {"utilities": np.ma.masked_greater(np.arange(3.0), 1)}, "masked entries"),
+    ],
+)
+def test_slips_are_told_in_words(local: Client, strategy: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        local.select(strategy, **{"budget": 1, **options})
+
+
+def test_one_return_may_be_given_by_its_name_alone(local: Client) -> None:
+    assert local.select("random", 1, num_rows=3, returns="POOL_SCORES").pool_scores is not None
+
+
 def test_picks_show_the_first_few_at_a_prompt(local: Client) -> None:
     line = np.array([[0.0], [1.0], [2.0], [9.0], [3.0], [4.0], [7.0]])
     picks = local.select("k_center_greedy", 6, embeddings=line, labeled=[0])

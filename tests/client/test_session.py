@@ -216,3 +216,10 @@ def test_nothing_but_the_state_decides_the_request() -> None:
     for each in (first, *again):
         each.ClearField("request_id")
     assert again[0] == again[1] != first
+
+
+@pytest.mark.parametrize("name", ["labeled", "pending"])
+def test_what_a_session_knows_by_itself_is_not_to_be_given(local: Client, name: str) -> None:
+    session = Session(local, "random", num_rows=10)
+    with pytest.raises(TypeError, match=f"knows {name} by itself"):
+        session.next(1, **{name: [3]})

@@ -90,6 +90,12 @@ class TestEveryStrategy:
             assert getattr(found, field) == getattr(strategy, field) != ""
         assert [each.name for each in found.parameters] == [each.name for each in dataclasses.fields(strategy.spec)]
         assert all(each.doc and each.type for each in found.parameters)
+        for told, field in zip(found.parameters, dataclasses.fields(strategy.spec), strict=True):
+            is_enum = told.type == strategy_pb2.PARAMETER_TYPE_ENUM
+            assert bool(told.values) == is_enum
+            assert told.HasField("minimum") == (field.metadata["low"] is not None)
+            assert told.HasField("default") == (field.default is not None)
+            assert not told.values or told.range == ", ".join(told.values)
         assert (found.seeded, found.pool_scores, found.custom) == (strategy.seeded, strategy.pool_scores, False)
         assert strategy_pb2.ScoreKind.Name(found.score_kind) == f"SCORE_KIND_{strategy.score_kind}"
         assert len(found.tasks) == len(strategy.tasks) > 0
@@ -101,6 +107,22 @@ def test_a_pool_has_the_inputs_that_the_service_knows():
     }
     assert tensors - set(INPUTS) - set(ROW_LISTS) == {"costs", "item_rows"}
     assert set(INPUTS) <= tensors
+
+
+@pytest.mark.parametrize(
+    ("ours", "wire"),
+    [
+        (strategies.NoticeCode, selection_pb2.WarningCode),
+        (strategies.StopReason, selection_pb2.StopReason),
+        (strategies.ScoreKind, strategy_pb2.ScoreKind),
+        (strategies.Task, strategy_pb2.Task),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_what_kernels_say_has_a_number_on_the_wire(ours, wire):
+    names = {each.name for each in wire.DESCRIPTOR.values if each.number}
+    prefix = wire.DESCRIPTOR.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    assert {f"{prefix}{each}" for each in ours} == names
 
 
 def test_every_limit_is_a_setting():

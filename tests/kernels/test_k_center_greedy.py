@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from queryselect import Client, KCenterGreedy
+from queryselect_service.maths.distances import Points
+from queryselect_service.shards import Whole
 from tests.strategy_case import ROWS, StrategyCase
 
 DATA = Path(__file__).parent.parent / "data"
@@ -139,3 +142,76 @@ def test_the_largest_and_the_smallest_numbers_are_numbers(local: Client, dtype):
     got = local.select("k_center_greedy", 10, embeddings=small, labeled=[0])
     assert got.indices.tolist() == picks.tolist()
     assert np.isfinite(got.scores).all()
+
+
+def unit(x):
+    lengths = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(lengths == 0, 1, lengths)
+
+
+HARD = {
+    "a cone: all directions close together": lambda rng, d: 1 + 1e-5 * rng.normal(size=(300, d)),
+    "unit noise far away": lambda rng, d: 1e4 + rng.normal(size=(300, d)),
+    "two labelled outliers": lambda rng, d: np.concatenate([[[3e21] * d, [-1e23] * d], rng.normal(size=(298, d))]),
+    "squares that vanish": lambda rng, d: np.concatenate([[[1.0] * d, [-1.0] * d], 1e-22 * rng.normal(size=(298, d))]),
+    "two far clusters": lambda rng, d: rng.normal(size=(300, d)) + rng.choice([-300.0, 300.0], size=(300, 1)),
+    "heavy tails": lambda rng, d: rng.standard_cauchy(size=(300, d)),
+    "integers": lambda rng, d: rng.integers(-3, 4, size=(300, d)).astype(float),
+}
+
+
+@pytest.mark.parametrize("dims", [2, 16, 64])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_data_in_single_precision(local: Client, kind, normalize, dims):
+    """The picks are those of float64 until the two best scores differ by less than 1e-9, relative."""
+    x = HARD[kind](np.random.default_rng(dims), dims).astype(np.float32)
+    options = {"budget": 80, "labeled": [0, 1], "params": {"normalize": normalize}}
+    got = local.select("k_center_greedy", embeddings=x, **options)
+    exact = x.astype(np.float64)
+    exact = unit(exact) if normalize else exact
+    distance = np.linalg.norm(exact[:, None] - exact[:2][None], axis=2).min(1)
+    for row, score in got:
+        free = np.delete(distance, [0, 1])
+        assert distance[row] >= free.max() * (1 - 1e-9)
+        np.testing.assert_allclose(score, distance[row], rtol=1e-9, atol=1e-15 if normalize else 0)
+        distance = np.minimum(distance, np.linalg.norm(exact - exact[row], axis=1))
+        distance[row] = 0
+
+
+@pytest.mark.parametrize("dims", [1, 3, 64, 384])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", HARD)
+def test_fast_distances_keep_within_their_bound(kind, normalize, dims):
+    """What the kernel's exactness hangs on: a fast squared distance is wrong by less than it says."""
+    x = torch.from_numpy(HARD[kind](np.random.default_rng(0), dims).astype(np.float32))
+    points = Points(x, Whole(len(x)), normalize=normalize)
+    for centres in (x[:1], x[:40]):
+        fast = torch.full((len(x),), np.inf)
+        points.update_nearest(fast, centres)
+        exact = points.direct(x, centres).square()
+        wrong, bound = (fast.double() - exact).abs(), points.error_bound(fast).double()
+        assert (wrong <= bound).all(), f"{(wrong / bound).max():.2f} times the bound"
+
+
+def test_a_cold_start_is_exact_on_unit_rows(local: Client):
+    x = (1 + 1e-5 * np.random.default_rng(0).normal(size=(300, 4))).astype(np.float32)
+    exact = unit(x.astype(np.float64))
+    to_mean = np.linalg.norm(exact - exact.mean(0), axis=1)
+    got = local.select(KCenterGreedy(normalize=True), 1, embeddings=x, return_pool_scores=True)
+    assert got.indices[0] == to_mean.argmin()
+    np.testing.assert_allclose(-got.pool_scores, to_mean, rtol=1e-9)
+
+
+def test_a_process_that_allows_coarse_products_gets_the_same_picks(local: Client):
+    """torch.set_float32_matmul_precision is the caller's own, in their own process."""
+    x = np.random.default_rng(0).normal(size=(500, 32)).astype(np.float32)
+    plain = local.select("k_center_greedy", 60, embeddings=x, labeled=[0])
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            coarse = local.select("k_center_greedy", 60, embeddings=x, labeled=[0])
+            assert coarse.indices.tolist() == plain.indices.tolist()
+    finally:
+        torch.set_float32_matmul_precision(before)

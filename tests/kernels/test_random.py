@@ -22,7 +22,7 @@ def splitmix64(state: int) -> int:
 
 def key(seed: int, row: int, step: int = 0) -> float:
     start = splitmix64((splitmix64(seed) + 0x9E3779B97F4A7C15 * (step + 1)) & MASK)
-    return ((splitmix64((start + 0x9E3779B97F4A7C15 * (row + 1)) & MASK) >> 11) + 0.5) / 2**53
+    return ((splitmix64((start + 0x9E3779B97F4A7C15 * (row + 1)) & MASK) >> 12) + 0.5) / 2**52
 
 
 class TestRandom(StrategyCase):
@@ -52,6 +52,13 @@ def test_keys_are_those_of_python_integers():
     for seed in (0, 1, 2**63, 2**64 - 1):
         for step in (0, 5):
             assert uniform(seed, rows, step).tolist() == [key(seed, row, step) for row in rows.tolist()]
+
+
+def test_keys_are_never_0_or_1():
+    """Whatever 64 bits the mix gives: noise may take logarithms of a key and of what is left of it."""
+    for bits in (0, 2**64 - 1):
+        assert 0 < ((bits >> 12) + 0.5) / 2**52 < 1
+    assert float(torch.tensor((2**64 - 1) >> 12).double() + 0.5) * 2.0**-52 < 1
 
 
 def test_keys_are_uniform_and_independent():

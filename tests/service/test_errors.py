@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from queryselect.strategies import v1 as strategies
@@ -135,9 +136,11 @@ INVALID = [
      "strategy.entropy.top_k", "entropy: top_k must be at least 1; it is 0"),
     ("unknown parameter of a plug-in", request(strategy_pb2.Strategy(custom=strategies.Custom(
         name="sleepy", parameters={"second": 1})), num_rows=5), "strategy.custom.parameters.second", "did you mean seconds?"),
+    ("a parameter of a plug-in that is no number", request(strategy_pb2.Strategy(custom=strategies.Custom(
+        name="sleepy", parameters={"seconds": float("nan")})), num_rows=5), "strategy.custom.parameters.seconds", "it is nan"),
     ("ids too few", request(ids=Ids(strings=S.Strings(values=["a"]))), "pool.ids", "N = 10"),
     ("ids of no kind", request(ids=Ids()), "pool.ids", "integers or strings"),
-    ("ids of floats", request(ids=Ids(integers=tensor(np.ones(10)))), "pool.ids", "int64"),
+    ("ids of floats", request(ids=Ids(integers=tensor(np.ones(10)))), "pool.ids.integers", "int64"),
     ("scores that do not exist", request(strategy_pb2.Strategy(custom=strategies.Custom(name="sleepy")), num_rows=5,
      returns=[S.RETURN_POOL_SCORES]), "returns", "has no score for rows it does not choose"),
     ("request id", request(request_id="no spaces"), "request_id", "printable ASCII"),
@@ -179,7 +182,8 @@ def test_over_a_fixed_limit(channel, message, limit, size):
     error, status, _ = fail(channel, message)
     assert error.code() is grpc.StatusCode.OUT_OF_RANGE, error.details()
     metadata = detail(status, error_details_pb2.ErrorInfo).metadata
-    assert (metadata["limit"], metadata["size"]) == (limit, str(size))
+    assert (metadata["setting"], metadata["size"]) == (limit, str(size))
+    assert 0 < int(metadata["limit"]) < size
     assert limit in error.details()
 
 
@@ -260,8 +264,9 @@ def test_a_bug_is_told_by_an_id_that_the_log_repeats(channel, caplog):
     assert "secret traceback" in caplog.text
 
 
-def test_a_device_out_of_memory_fails_one_request(channel):
-    error, status, trailers = fail(channel, sleepy(fail="memory"))
+@pytest.mark.parametrize("memory", ["device", "host", "allocator"])
+def test_memory_that_ends_fails_one_request(channel, memory):
+    error, status, trailers = fail(channel, sleepy(fail=memory))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 1000
     assert trailers["grpc-retry-pushback-ms"] == "1000"
@@ -275,6 +280,20 @@ def test_a_message_over_the_limit_is_refused_by_grpc_itself(channel):
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert status is None
     assert "grpc-retry-pushback-ms" not in trailers
+
+
+@pytest.mark.parametrize("text", ["漢" * 3000, "x" * 9000])
+def test_long_texts_do_not_hide_what_went_wrong(channel, text):
+    """Errors travel in headers, which hold 8 KiB."""
+    custom = strategies.Custom(name=text)
+    error, status, _ = fail(channel, request(strategy_pb2.Strategy(custom=custom), num_rows=5))
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "no plug-in" in error.details()
+    custom = strategies.Custom(name="sleepy", parameters={text: 1})
+    error, status, _ = fail(channel, request(strategy_pb2.Strategy(custom=custom), num_rows=5))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    (violation,) = detail(status, error_details_pb2.BadRequest).field_violations
+    assert violation.field.startswith("strategy.custom.parameters.")
 
 
 def stopped_within(seconds: float) -> bool:
@@ -302,6 +321,19 @@ def test_a_cancel_stops_the_kernel(channel):
     call.cancel()
     assert stopped_within(0.25)
     assert stub.Select(request()).HasField("indices")
+
+
+def test_a_cancel_stops_a_real_kernel(channel):
+    """k_center_greedy on 60,000 rows with 5,000 picks to go: minutes, unless it hears the caller leave."""
+    x = np.random.default_rng(0).normal(size=(60_000, 200)).astype(np.float32)
+    stub = selection_pb2_grpc.SelectionServiceStub(channel)
+    call = stub.Select.future(request(FAR, embeddings=tensor(x), budget=5000))
+    time.sleep(1.0)
+    assert call.running()
+    call.cancel()
+    started = time.monotonic()
+    stub.Select(request())  # waits for the device, which is free within 250 ms; the rest is for a busy machine
+    assert time.monotonic() - started < 1.5
 
 
 @pytest.fixture
@@ -344,8 +376,25 @@ def test_a_full_queue_and_a_long_wait_are_busy_and_descriptions_never_wait(small
     assert stub.Select(request()).HasField("indices")
 
 
+def test_who_came_first_is_served_first():
+    """Twelve callers, one after the other: nobody overtakes."""
+    started = server.start(Settings(port=0, metrics_port=-1))
+    with grpc.insecure_channel(f"127.0.0.1:{started.port}") as channel:
+        stub = selection_pb2_grpc.SelectionServiceStub(channel)
+        running, ended = at_work(stub, 0.8), []
+        for name in range(12):
+            stub.Select.future(sleepy(seconds=0.02)).add_done_callback(lambda _, name=name: ended.append(name))
+            time.sleep(0.05)
+        running.result()
+        until = time.monotonic() + 10
+        while len(ended) < 12 and time.monotonic() < until:
+            time.sleep(0.01)
+    started.drain(0.1)
+    assert ended == list(range(12))
+
+
 def test_a_draining_server_finishes_what_runs_and_refuses_what_comes(small):
-    started, stub, _ = small
+    started, stub, channel = small
     running = at_work(stub, 1.0)
     drain = threading.Thread(target=started.drain, args=(5.0,))
     drain.start()
@@ -353,5 +402,9 @@ def test_a_draining_server_finishes_what_runs_and_refuses_what_comes(small):
     with pytest.raises(grpc.RpcError) as caught:
         stub.Select(request(), timeout=2.0)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert detail(rpc_status.from_call(caught.value), error_details_pb2.ErrorInfo).reason == "DRAINING"
+    ready = health_pb2.HealthCheckRequest(service="queryselect.v1.SelectionService")
+    answer = health_pb2_grpc.HealthStub(channel).Check(ready)
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert running.result().HasField("indices")
     drain.join()

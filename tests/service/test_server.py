@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import urllib.request
 
 import grpc
@@ -47,6 +48,39 @@ def test_a_draining_server_says_so_before_it_goes():
         started.health.enter_graceful_shutdown()
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
     started.drain(0.1)
+
+
+def test_readiness_follows_the_device_and_liveness_does_not(monkeypatch):
+    monkeypatch.setattr(server, "PROBE_COUNTS", 0.0)
+    broken = {"now": False}
+
+    def probe(engine):
+        if broken["now"]:
+            raise RuntimeError("device lost")
+
+    monkeypatch.setattr(server.Engine, "probe", probe)
+    started = server.start(Settings(port=0, metrics_port=-1))
+    states = health_pb2.HealthCheckResponse
+    with grpc.insecure_channel(f"127.0.0.1:{started.port}") as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        for now, expected in ((False, states.SERVING), (True, states.NOT_SERVING), (False, states.SERVING)):
+            broken["now"] = now
+            assert check(health_pb2.HealthCheckRequest(service=SERVICES[0])).status == expected
+            assert check(health_pb2.HealthCheckRequest(service="")).status == states.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            check(health_pb2.HealthCheckRequest(service="nobody"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    started.drain(0.1)
+
+
+def test_an_open_watch_does_not_hold_up_the_end():
+    started = server.start(Settings(port=0, metrics_port=-1))
+    with grpc.insecure_channel(f"127.0.0.1:{started.port}") as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""))
+        next(watch)
+        before = time.monotonic()
+        started.drain(30.0)
+        assert time.monotonic() - before < 10
 
 
 def test_reflection_names_every_service_and_method(channel):
@@ -197,12 +231,14 @@ def test_settings_come_from_flags_then_environment_then_file(tmp_path):
         (["--port", "70000"], {}, "port must be at most 65535; it is 70000"),
         (["--metrics-port", "70000"], {}, "metrics_port must be at most 65535"),
         (["--config", "CONFIG"], {}, "there is no setting colour"),
+        (["--config", "MISSING"], {}, "config MISSING: "),
+        (["--config", "BROKEN"], {}, "BROKEN: "),
         (["--config", "TYPES"], {}, "port must be of type int; it is 1.5"),
         (["--config", "TRUTH"], {}, "metrics_port must be of type int; it is True"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, arguments, environment, words):
-    files = {"CONFIG": 'colour = "blue"', "TYPES": "port = 1.5", "TRUTH": "metrics_port = true"}
+    files = {"CONFIG": 'colour = "blue"', "TYPES": "port = 1.5", "TRUTH": "metrics_port = true", "BROKEN": "port ="}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=words):

@@ -185,7 +185,7 @@ class _WarningCode:
 class _WarningCodeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_WarningCode.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     WARNING_CODE_UNSPECIFIED: _WarningCode.ValueType  # 0
-    """Not said."""
+    """Unspecified."""
     WARNING_CODE_INERT_ROWS: _WarningCode.ValueType  # 1
     """Rows that carry no information, such as embeddings of length 0."""
     WARNING_CODE_SATURATED: _WarningCode.ValueType  # 2
@@ -211,7 +211,7 @@ class WarningCode(_WarningCode, metaclass=_WarningCodeEnumTypeWrapper):
     """What a warning is about."""
 
 WARNING_CODE_UNSPECIFIED: WarningCode.ValueType  # 0
-"""Not said."""
+"""Unspecified."""
 WARNING_CODE_INERT_ROWS: WarningCode.ValueType  # 1
 """Rows that carry no information, such as embeddings of length 0."""
 WARNING_CODE_SATURATED: WarningCode.ValueType  # 2
@@ -241,7 +241,7 @@ class _Phase:
 class _PhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     PHASE_UNSPECIFIED: _Phase.ValueType  # 0
-    """Not said."""
+    """Unspecified."""
     PHASE_QUEUED: _Phase.ValueType  # 1
     """Waiting for a device; the unit is requests ahead."""
     PHASE_RECEIVING: _Phase.ValueType  # 2
@@ -253,7 +253,7 @@ class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
     """The phases of a request."""
 
 PHASE_UNSPECIFIED: Phase.ValueType  # 0
-"""Not said."""
+"""Unspecified."""
 PHASE_QUEUED: Phase.ValueType  # 1
 """Waiting for a device; the unit is requests ahead."""
 PHASE_RECEIVING: Phase.ValueType  # 2
@@ -265,7 +265,8 @@ global___Phase = Phase
 @typing.final
 class Pool(google.protobuf.message.Message):
     """What the caller's model knows about the rows to choose from. A strategy reads some of these inputs; the others are
-    ignored with a warning. Row lists are boolean tensors of shape (N) or integer tensors of row numbers.
+    ignored with a warning. Row lists are boolean tensors of shape (N) or tensors of row numbers, i64 or i32. With
+    item_rows, the lists, labels, costs, quotas and ids are those of items, whose number then stands for N in them.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -697,7 +698,9 @@ class Stop(google.protobuf.message.Message):
     MAX_COST_FIELD_NUMBER: builtins.int
     MIN_GAIN_FIELD_NUMBER: builtins.int
     max_items: builtins.int
-    """The number of picks (the budget), at least 1. It must be satisfiable by the candidates."""
+    """The number of picks (the budget), at least 1. It must be satisfiable by the candidates; quotas, max_cost and
+    min_gain may end the selection before, with the warning CONSTRAINED.
+    """
     max_cost: builtins.float
     """The most that the picks may cost together, in the unit of costs."""
     min_gain: builtins.float
@@ -831,8 +834,9 @@ class SelectResponse(google.protobuf.message.Message):
 
     @property
     def pool_scores(self) -> queryselect.v1.tensor_pb2.Tensor:
-        """The score of every row, shape (N), f64: for greedy strategies at their first step; -inf where a row may not be
-        chosen. When asked for.
+        """The score of every row, shape (N), f64, when asked for: for greedy strategies at their first step; -inf where a
+        row may not be chosen. The highest is that of the first pick: where the first pick is the row nearest to something,
+        these are negative distances, though its score in scores is the distance.
         """
 
     @property
@@ -1044,7 +1048,11 @@ class Chunk(google.protobuf.message.Message):
     DATA_FIELD_NUMBER: builtins.int
     CRC32_FIELD_NUMBER: builtins.int
     path: builtins.str
-    """The tensor's path: "pool.embeddings", "references[0].labels"; in answers "indices", "scores", "pool_scores"."""
+    """The tensor's path from the request or the answer: names of fields joined by dots, with the position in a repeated
+    field or the key of a map in brackets. In requests: pool.embeddings, pool.ids.integers, pool.quotas[1].values,
+    pool.scales[0].gradients, pool.inputs[pixels], references[0].labels. In answers: indices, scores, pool_scores,
+    pseudo_labels, ids.integers.
+    """
     offset: builtins.int
     """The position of the first byte in the tensor, in bytes."""
     data: builtins.bytes
@@ -1112,7 +1120,7 @@ class SelectStreamResponse(google.protobuf.message.Message):
     CHUNK_FIELD_NUMBER: builtins.int
     @property
     def admitted(self) -> global___Admitted:
-        """The start was checked and the request has its place."""
+        """The request was checked and has its place."""
 
     @property
     def progress(self) -> global___Progress:
@@ -1142,7 +1150,7 @@ global___SelectStreamResponse = SelectStreamResponse
 
 @typing.final
 class Admitted(google.protobuf.message.Message):
-    """The word that a request was checked and has its place."""
+    """The acknowledgement that a request was checked and has its place."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1185,7 +1193,7 @@ class Progress(google.protobuf.message.Message):
     phase: global___Phase.ValueType
     """What is being done."""
     done: builtins.int
-    """The work done so far, in the phase's own unit (bytes, rows or picks)."""
+    """The work done so far, in the phase's own unit."""
     total: builtins.int
     """The work in all, in the same unit; unset where it is not known."""
     def __init__(

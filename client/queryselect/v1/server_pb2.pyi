@@ -118,7 +118,7 @@ global___Device = Device
 
 @typing.final
 class Limits(google.protobuf.message.Message):
-    """The limits a server enforces. Above one, a request fails with OUT_OF_RANGE unless it says otherwise."""
+    """The limits a server is set to. A request above one fails with OUT_OF_RANGE unless the field says otherwise."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -145,7 +145,7 @@ class Limits(google.protobuf.message.Message):
     budget: builtins.int
     """Picks of one request."""
     host_bytes: builtins.int
-    """Bytes of host memory for one request."""
+    """Bytes of host memory that one request may need."""
     inline_bytes: builtins.int
     """Bytes of one message."""
     id_bytes: builtins.int

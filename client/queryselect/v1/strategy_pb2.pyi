@@ -54,7 +54,7 @@ class _ScoreKind:
 class _ScoreKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ScoreKind.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     SCORE_KIND_UNSPECIFIED: _ScoreKind.ValueType  # 0
-    """Not said."""
+    """Unspecified."""
     SCORE_KIND_POINT: _ScoreKind.ValueType  # 1
     """A score of the row alone."""
     SCORE_KIND_KEY: _ScoreKind.ValueType  # 2
@@ -76,7 +76,7 @@ class ScoreKind(_ScoreKind, metaclass=_ScoreKindEnumTypeWrapper):
     """What a score is. For every kind, higher is more worth choosing."""
 
 SCORE_KIND_UNSPECIFIED: ScoreKind.ValueType  # 0
-"""Not said."""
+"""Unspecified."""
 SCORE_KIND_POINT: ScoreKind.ValueType  # 1
 """A score of the row alone."""
 SCORE_KIND_KEY: ScoreKind.ValueType  # 2
@@ -94,6 +94,42 @@ SCORE_KIND_KERNEL: ScoreKind.ValueType  # 7
 SCORE_KIND_PROBABILITY: ScoreKind.ValueType  # 8
 """A probability."""
 global___ScoreKind = ScoreKind
+
+class _ParameterType:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ParameterTypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ParameterType.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PARAMETER_TYPE_UNSPECIFIED: _ParameterType.ValueType  # 0
+    """Unspecified."""
+    PARAMETER_TYPE_BOOL: _ParameterType.ValueType  # 1
+    """True or false."""
+    PARAMETER_TYPE_INT: _ParameterType.ValueType  # 2
+    """A whole number."""
+    PARAMETER_TYPE_FLOAT: _ParameterType.ValueType  # 3
+    """A number."""
+    PARAMETER_TYPE_STRING: _ParameterType.ValueType  # 4
+    """A text."""
+    PARAMETER_TYPE_ENUM: _ParameterType.ValueType  # 5
+    """One of the named values."""
+
+class ParameterType(_ParameterType, metaclass=_ParameterTypeEnumTypeWrapper):
+    """The type of a parameter's value."""
+
+PARAMETER_TYPE_UNSPECIFIED: ParameterType.ValueType  # 0
+"""Unspecified."""
+PARAMETER_TYPE_BOOL: ParameterType.ValueType  # 1
+"""True or false."""
+PARAMETER_TYPE_INT: ParameterType.ValueType  # 2
+"""A whole number."""
+PARAMETER_TYPE_FLOAT: ParameterType.ValueType  # 3
+"""A number."""
+PARAMETER_TYPE_STRING: ParameterType.ValueType  # 4
+"""A text."""
+PARAMETER_TYPE_ENUM: ParameterType.ValueType  # 5
+"""One of the named values."""
+global___ParameterType = ParameterType
 
 @typing.final
 class Strategy(google.protobuf.message.Message):
@@ -309,36 +345,54 @@ class ParameterDescription(google.protobuf.message.Message):
     TYPE_FIELD_NUMBER: builtins.int
     DEFAULT_FIELD_NUMBER: builtins.int
     RANGE_FIELD_NUMBER: builtins.int
+    MINIMUM_FIELD_NUMBER: builtins.int
+    MAXIMUM_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
     UNIT_FIELD_NUMBER: builtins.int
     DOC_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The field's name in the strategy's message."""
-    type: builtins.str
-    """Its type: bool, int, float, string or enum."""
+    type: global___ParameterType.ValueType
+    """The type of its value."""
     default: builtins.str
     """The default, as text; unset: none."""
     range: builtins.str
-    """The values allowed, as text: a range, or the names of an enum."""
+    """The values allowed, in words: what the next three fields say."""
+    minimum: builtins.float
+    """The smallest value allowed."""
+    maximum: builtins.float
+    """The largest value allowed."""
     unit: builtins.str
     """The unit, where it has one."""
     doc: builtins.str
     """One line on what it does."""
+    @property
+    def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The names of the values of an enum, without their prefix."""
+
     def __init__(
         self,
         *,
         name: builtins.str | None = ...,
-        type: builtins.str | None = ...,
+        type: global___ParameterType.ValueType | None = ...,
         default: builtins.str | None = ...,
         range: builtins.str | None = ...,
+        minimum: builtins.float | None = ...,
+        maximum: builtins.float | None = ...,
+        values: collections.abc.Iterable[builtins.str] | None = ...,
         unit: builtins.str | None = ...,
         doc: builtins.str | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_default", b"_default", "_doc", b"_doc", "_name", b"_name", "_range", b"_range", "_type", b"_type", "_unit", b"_unit", "default", b"default", "doc", b"doc", "name", b"name", "range", b"range", "type", b"type", "unit", b"unit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_default", b"_default", "_doc", b"_doc", "_name", b"_name", "_range", b"_range", "_type", b"_type", "_unit", b"_unit", "default", b"default", "doc", b"doc", "name", b"name", "range", b"range", "type", b"type", "unit", b"unit"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_default", b"_default", "_doc", b"_doc", "_maximum", b"_maximum", "_minimum", b"_minimum", "_name", b"_name", "_range", b"_range", "_type", b"_type", "_unit", b"_unit", "default", b"default", "doc", b"doc", "maximum", b"maximum", "minimum", b"minimum", "name", b"name", "range", b"range", "type", b"type", "unit", b"unit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_default", b"_default", "_doc", b"_doc", "_maximum", b"_maximum", "_minimum", b"_minimum", "_name", b"_name", "_range", b"_range", "_type", b"_type", "_unit", b"_unit", "default", b"default", "doc", b"doc", "maximum", b"maximum", "minimum", b"minimum", "name", b"name", "range", b"range", "type", b"type", "unit", b"unit", "values", b"values"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_default", b"_default"]) -> typing.Literal["default"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_doc", b"_doc"]) -> typing.Literal["doc"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_maximum", b"_maximum"]) -> typing.Literal["maximum"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_minimum", b"_minimum"]) -> typing.Literal["minimum"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_name", b"_name"]) -> typing.Literal["name"] | None: ...
     @typing.overload

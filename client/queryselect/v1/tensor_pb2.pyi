@@ -26,7 +26,7 @@ class _DataType:
 class _DataTypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DataType.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     DATA_TYPE_UNSPECIFIED: _DataType.ValueType  # 0
-    """Not said, which no tensor may leave so."""
+    """Unspecified, which no tensor may leave so."""
     DATA_TYPE_F64: _DataType.ValueType  # 1
     """IEEE 754 double precision, 8 bytes."""
     DATA_TYPE_F32: _DataType.ValueType  # 2
@@ -50,7 +50,7 @@ class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """The type of a tensor's elements. All are little-endian."""
 
 DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
-"""Not said, which no tensor may leave so."""
+"""Unspecified, which no tensor may leave so."""
 DATA_TYPE_F64: DataType.ValueType  # 1
 """IEEE 754 double precision, 8 bytes."""
 DATA_TYPE_F32: DataType.ValueType  # 2

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from queryselect_service.maths.distances import Points
-from queryselect_service.shards import Whole
+from queryselect_service.shards import Shards
 from queryselect_service.spec import Spec, parameter
-from queryselect_service.strategy import Notice, ScoreKind, Selection, strategy
+from queryselect_service.strategy import Notice, NoticeCode, ScoreKind, Selection, strategy
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def k_center_greedy(
     spec: KCenterGreedy = KCenterGreedy(),
     context: Tensor,
     candidates: Tensor,
-    pool: Whole,
+    pool: Shards,
 ) -> Selection:
     """Prefers the row farthest from everything that is labelled or chosen so far (farthest-first traversal).
 
@@ -50,6 +50,7 @@ def k_center_greedy(
     float64, so that the picks are those of exact arithmetic and exact ties go to the lowest row.
 
     >>> line = torch.tensor([[0.0], [1.0], [2.0], [9.0]])
+    >>> from queryselect_service.shards import Whole
     >>> everything = torch.ones(4, dtype=torch.bool)
     >>> k_center_greedy(line, k=2, context=torch.tensor([0]), candidates=everything, pool=Whole(4)).indices
     tensor([3, 2])
@@ -62,13 +63,13 @@ def k_center_greedy(
     distance = torch.full((n,), math.inf, dtype=torch.float64, device=device)  # exact, to centres[:known]
     known = torch.zeros(n, dtype=torch.int64, device=device)
 
-    labeled = int(pool.sum(torch.tensor(len(context))))
+    labeled = int(pool.sum(torch.tensor(len(context), device=device)))
     centres = torch.empty(labeled + k, dims, dtype=embeddings.dtype, device=device)
     filled = 0
     for (block,) in pool.blocks(embeddings[context]):
         centres[filled : filled + len(block)] = block
         filled += len(block)
-        points.lower_to(nearest, block)
+        points.update_nearest(nearest, block)
 
     indices = torch.empty(k, dtype=torch.int64, device=device)
     scores = torch.empty(k, dtype=torch.float64, device=device)
@@ -78,31 +79,30 @@ def k_center_greedy(
         best, score, row = pool.best(torch.where(free, -to_mean, -math.inf), embeddings)
         indices[0], scores[0], centres[0] = best, -score, row
         free &= rows != best
-        points.lower_to(nearest, row[None])
+        points.update_nearest(nearest, row[None])
         filled, first = 1, 1
 
     for step in range(first, k):
-        # A fast squared distance is wrong by at most `doubt`: rows that might be the farthest are the leaders.
-        doubt = points.error * (3 * points.norms + 2 * nearest)
-        _, bar = pool.best(torch.where(free, nearest - doubt, -math.inf))
-        leaders = (free & (nearest + doubt >= bar)).nonzero().squeeze(1)
-        if len(leaders):
-            since = int(known[leaders].min())
-            distance[leaders] = torch.minimum(
-                distance[leaders], points.direct(embeddings[leaders], centres[since:filled])
-            )
-            known[leaders] = filled
-        contest = torch.full_like(distance, -math.inf)
-        contest[leaders] = distance[leaders]
-        best, score, row = pool.best(contest, embeddings)
+        pool.progress(step, k)
+        # Rows that may be the farthest, as far as fast distances can tell, are compared exactly.
+        error = points.error_bound(nearest)
+        _, threshold = pool.best(torch.where(free, nearest - error, -math.inf))
+        leaders = (free & (nearest + error >= threshold)).nonzero().squeeze(1)
+        for seen in torch.unique(known[leaders]).tolist():  # so that no pair is computed twice
+            late = leaders[known[leaders] == seen]
+            distance[late] = torch.minimum(distance[late], points.direct(embeddings[late], centres[seen:filled]))
+        known[leaders] = filled
+        leading = torch.full_like(distance, -math.inf)
+        leading[leaders] = distance[leaders]
+        best, score, row = pool.best(leading, embeddings)
         if not score > 0:  # every candidate left repeats a row that is labelled or chosen: the order is the rows' own
-            indices[step:], scores[step:] = pool.top(torch.where(free, 0.0, -math.inf).double(), k - step, free)
+            indices[step:], scores[step:] = pool.top(torch.zeros_like(distance), k - step, free)
             covered = indices[step:]
             break
         indices[step], scores[step], centres[filled] = best, score, row
         filled += 1
         free &= rows != best
-        points.lower_to(nearest, row[None])
+        points.update_nearest(nearest, row[None])
     else:
         covered = indices[:0]
 
@@ -124,11 +124,17 @@ def _distance_to_mean(points: Points) -> Tensor:
 
 def _notices(points: Points, spec: KCenterGreedy, rows: Tensor, covered: Tensor) -> tuple[Notice, ...]:
     notices = []
-    if spec.normalize and bool(points.inert.any()):
-        zero = rows[points.inert]
-        notices.append(Notice("INERT_ROWS", f"{len(zero)} rows have length 0 and stay there when normalized", zero))
+    zero = torch.cat([rows[:0], *(block for (block,) in points.pool.blocks(rows[points.inert]))])  # of all slices
+    if spec.normalize and len(zero):
+        notices.append(
+            Notice(NoticeCode.INERT_ROWS, f"{len(zero)} rows have length 0 and stay there when normalized", zero)
+        )
     if len(covered):
         notices.append(
-            Notice("COVERED", f"the last {len(covered)} picks repeat rows that are labelled or chosen already", covered)
+            Notice(
+                NoticeCode.COVERED,
+                f"the last {len(covered)} picks repeat rows that are labelled or chosen already",
+                covered,
+            )
         )
     return tuple(notices)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from queryselect_service.shards import Whole
+from queryselect_service.shards import Shards
 
 #: Centres that one matrix product takes at once.
 CENTRES = 256
@@ -29,11 +29,11 @@ class Points:
     stay ties.
     """
 
-    def __init__(self, embeddings: Tensor, pool: Whole, *, normalize: bool = False) -> None:
+    def __init__(self, embeddings: Tensor, pool: Shards, *, normalize: bool = False) -> None:
         """embeddings: (n, D), any float type; read, never written."""
         self.embeddings, self.pool, self.normalize, self.scale = embeddings, pool, normalize, 1.0
         n, dims, device = *embeddings.shape, embeddings.device
-        kind = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         largest = torch.empty(n, dtype=torch.float64, device=device)
         for span in pool.spans(n, dims * embeddings.element_size()):
             low, high = embeddings[span].aminmax(dim=1)
@@ -41,24 +41,35 @@ class Points:
         self.inert = largest == 0  # (n,), rows without length
         if not normalize:
             _, peak = pool.best(largest)
-            widest = 120 if kind == torch.float32 else 1000  # so that the scale itself is a normal number
+            widest = 120 if dtype == torch.float32 else 1000  # so that the scale itself is a normal number
             self.scale = 2.0 ** min(max(-math.frexp(float(peak))[1], -widest), widest)  # entries of about 1
         total = torch.zeros(dims, dtype=torch.float64, device=device)
         for span in pool.spans(n, dims * 8):
-            total += self._ready(embeddings[span], kind).sum(0, dtype=torch.float64)
+            total += self.exact(embeddings[span]).sum(0)
         self.mean = pool.sum(total) / pool.size  # (D,)
         self.shift = self.mean.to(torch.bfloat16).double()
-        self.work = torch.empty(n, dims, dtype=kind, device=device)
-        self.norms = torch.empty(n, dtype=kind, device=device)
+        self.work = torch.empty(n, dims, dtype=dtype, device=device)
+        self.norms = torch.empty(n, dtype=dtype, device=device)
         for span in pool.spans(n, dims * 8):
-            moved = torch.sub(self._ready(embeddings[span], kind), self.shift.to(kind), out=self.work[span])
-            self.norms[span] = torch.linalg.vector_norm(moved, dim=1).square_()
-        #: Relative error of a fast squared distance, in units of the squared norms that enter it.
-        self.error = torch.finfo(kind).eps * (4 + math.sqrt(dims))
+            self.work[span] = self._moved(embeddings[span])
+            self.norms[span] = torch.linalg.vector_norm(self.work[span], dim=1).square_()
+        self._error = _rounding(dtype) * (4 + math.sqrt(dims))
 
-    def _ready(self, rows: Tensor, kind: torch.dtype) -> Tensor:
-        """Rows (m, D) as given -> scaled or normalized rows in `kind`: exact but for a last rounding."""
-        return self.exact(rows).to(kind) if self.normalize else rows.to(kind) * self.scale
+    def _moved(self, rows: Tensor) -> Tensor:
+        """Rows (m, D) as given -> scaled or normalized, shifted rows: rounded once, after the shift."""
+        dtype = self.work.dtype
+        if self.normalize:
+            return (self.exact(rows) - self.shift).to(dtype)
+        return rows.to(dtype) * self.scale - self.shift.to(dtype)  # scaling is exact, so this rounds once too
+
+    def error_bound(self, nearest: Tensor) -> Tensor:
+        """How wrong the fast squared distances (n,) to the nearest centre can be, each.
+
+        A product of D terms is wrong by the unit of rounding times the norms, and the nearest centre's squared norm is
+        at most 2 |x|^2 + 2 d^2. The last term is for squares that vanish.
+        """
+        vanishing = self.work.shape[1] * torch.finfo(self.work.dtype).tiny
+        return self._error * (3 * self.norms + 2 * nearest) + vanishing
 
     def exact(self, rows: Tensor) -> Tensor:
         """Rows (m, D) as given -> the float64 rows (m, D) whose distances count."""
@@ -69,13 +80,13 @@ class Points:
             return rows / lengths.clamp_min(torch.finfo(torch.float64).tiny)
         return rows * self.scale
 
-    def lower_to(self, nearest: Tensor, centres: Tensor) -> None:
+    def update_nearest(self, nearest: Tensor, centres: Tensor) -> None:
         """Nearest (n,) = min(nearest, fast squared distance to each of `centres` (m, D), rows as given), in place."""
         moved = self.exact(centres) - self.shift  # (m, D)
         norms = moved.square().sum(1)  # (m,)
-        kind = self.work.dtype
+        dtype = self.work.dtype
         for first in range(0, len(moved), CENTRES):
-            some, their = moved[first : first + CENTRES].to(kind), norms[first : first + CENTRES].to(kind)
+            some, their = moved[first : first + CENTRES].to(dtype), norms[first : first + CENTRES].to(dtype)
             for span in self.pool.spans(len(self.work), self.work.element_size() * (self.work.shape[1] + len(some))):
                 if len(some) == 1:
                     squared = torch.addmv(self.norms[span], self.work[span], some[0], alpha=-2)  # (s,)
@@ -100,3 +111,10 @@ class Points:
                 )  # (s, c)
                 nearest[part] = torch.minimum(nearest[part], distances.amin(1))
         return nearest
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """The unit of rounding of a matrix product in `dtype`: a process may have allowed torch coarser ones."""
+    if dtype == torch.float32:
+        return {"highest": torch.finfo(dtype).eps, "high": 2.0**-10}.get(torch.get_float32_matmul_precision(), 2.0**-7)
+    return torch.finfo(dtype).eps

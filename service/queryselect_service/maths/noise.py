@@ -15,7 +15,7 @@ MASK = (1 << 64) - 1
 
 
 def uniform(seed: int, rows: Tensor, step: int = 0) -> Tensor:
-    """Uniform numbers of the open interval (0, 1), one per global row (n,) int64; float64 on a grid of 2^-53.
+    """Uniform numbers of the open interval (0, 1), one per global row (n,) int64; float64, odd multiples of 2^-53.
 
     seed: 0 to 2^64 - 1.
     """
@@ -23,7 +23,7 @@ def uniform(seed: int, rows: Tensor, step: int = 0) -> Tensor:
     z = (rows + 1) * _signed(GAMMA) + _signed(start)  # wraps around modulo 2^64, as it should
     for shift, factor in MIX:
         z = (z ^ _shift_right(z, shift)) * _signed(factor)
-    return (_shift_right(z, 11).double() + 0.5) * 2.0**-53
+    return (_shift_right(z, 12).double() + 0.5) * 2.0**-52  # with one bit more the largest would round to 1
 
 
 def _mix_int(z: int) -> int:

@@ -24,14 +24,14 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(queryselect/strategies/v1/baseline.proto\x12\x19queryselect.strategies.v1\"\x08\n\x06RandomB\x8d\x01\n\x1cio.queryselect.strategies.v1P\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(queryselect/strategies/v1/baseline.proto\x12\x19queryselect.strategies.v1\"\x08\n\x06RandomB\x9c\x01\n\x1cio.queryselect.strategies.v1B\rBaselineProtoP\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'queryselect.strategies.v1.baseline_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
-  _globals['DESCRIPTOR']._serialized_options = b'\n\034io.queryselect.strategies.v1P\001ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\252\002\031QuerySelect.Strategies.V1'
+  _globals['DESCRIPTOR']._serialized_options = b'\n\034io.queryselect.strategies.v1B\rBaselineProtoP\001ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\252\002\031QuerySelect.Strategies.V1'
   _globals['_RANDOM']._serialized_start=71
   _globals['_RANDOM']._serialized_end=79
 # @@protoc_insertion_point(module_scope)

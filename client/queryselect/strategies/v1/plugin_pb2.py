@@ -25,14 +25,14 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&queryselect/strategies/v1/plugin.proto\x12\x19queryselect.strategies.v1\x1a\x1cgoogle/protobuf/struct.proto\"Q\n\x06\x43ustom\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12+\n\nparameters\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructB\x07\n\x05_nameB\x8d\x01\n\x1cio.queryselect.strategies.v1P\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&queryselect/strategies/v1/plugin.proto\x12\x19queryselect.strategies.v1\x1a\x1cgoogle/protobuf/struct.proto\"Q\n\x06\x43ustom\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12+\n\nparameters\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructB\x07\n\x05_nameB\x9a\x01\n\x1cio.queryselect.strategies.v1B\x0bPluginProtoP\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'queryselect.strategies.v1.plugin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
-  _globals['DESCRIPTOR']._serialized_options = b'\n\034io.queryselect.strategies.v1P\001ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\252\002\031QuerySelect.Strategies.V1'
+  _globals['DESCRIPTOR']._serialized_options = b'\n\034io.queryselect.strategies.v1B\013PluginProtoP\001ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\252\002\031QuerySelect.Strategies.V1'
   _globals['_CUSTOM']._serialized_start=99
   _globals['_CUSTOM']._serialized_end=180
 # @@protoc_insertion_point(module_scope)

@@ -25,14 +25,14 @@ _sym_db = _symbol_database.Default()
 from queryselect.strategies.v1 import common_pb2 as queryselect_dot_strategies_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+queryselect/strategies/v1/uncertainty.proto\x12\x19queryselect.strategies.v1\x1a&queryselect/strategies/v1/common.proto\"\x92\x01\n\x0fLeastConfidence\x12K\n\x11label_aggregation\x18\x01 \x01(\x0e\x32+.queryselect.strategies.v1.LabelAggregationH\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x14\n\x12_label_aggregationB\x08\n\x06_top_k\"\x89\x01\n\x06Margin\x12K\n\x11label_aggregation\x18\x01 \x01(\x0e\x32+.queryselect.strategies.v1.LabelAggregationH\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x14\n\x12_label_aggregationB\x08\n\x06_top_k\"\x8a\x01\n\x07\x45ntropy\x12K\n\x11label_aggregation\x18\x01 \x01(\x0e\x32+.queryselect.strategies.v1.LabelAggregationH\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x14\n\x12_label_aggregationB\x08\n\x06_top_kB\x8d\x01\n\x1cio.queryselect.strategies.v1P\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+queryselect/strategies/v1/uncertainty.proto\x12\x19queryselect.strategies.v1\x1a&queryselect/strategies/v1/common.proto\"\x92\x01\n\x0fLeastConfidence\x12K\n\x11label_aggregation\x18\x01 \x01(\x0e\x32+.queryselect.strategies.v1.LabelAggregationH\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x14\n\x12_label_aggregationB\x08\n\x06_top_k\"\x89\x01\n\x06Margin\x12K\n\x11label_aggregation\x18\x01 \x01(\x0e\x32+.queryselect.strategies.v1.LabelAggregationH\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x14\n\x12_label_aggregationB\x08\n\x06_top_k\"\x8a\x01\n\x07\x45ntropy\x12K\n\x11label_aggregation\x18\x01 \x01(\x0e\x32+.queryselect.strategies.v1.LabelAggregationH\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x14\n\x12_label_aggregationB\x08\n\x06_top_kB\x9f\x01\n\x1cio.queryselect.strategies.v1B\x10UncertaintyProtoP\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'queryselect.strategies.v1.uncertainty_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
-  _globals['DESCRIPTOR']._serialized_options = b'\n\034io.queryselect.strategies.v1P\001ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\252\002\031QuerySelect.Strategies.V1'
+  _globals['DESCRIPTOR']._serialized_options = b'\n\034io.queryselect.strategies.v1B\020UncertaintyProtoP\001ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\252\002\031QuerySelect.Strategies.V1'
   _globals['_LEASTCONFIDENCE']._serialized_start=115
   _globals['_LEASTCONFIDENCE']._serialized_end=261
   _globals['_MARGIN']._serialized_start=264
