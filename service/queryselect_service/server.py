@@ -37,7 +37,7 @@ SPARE_THREADS = 16
 HEADER_BYTES = 1 << 20
 
 #: Time for answers that are on their way when the port closes, in seconds.
-LAST_WORDS = 0.5
+LAST_WORDS = 2.0
 #: How long a probe of the device counts, in seconds.
 PROBE_COUNTS = 1.0
 
