@@ -81,7 +81,7 @@ class Points:
         return rows * self.scale
 
     def update_nearest(self, nearest: Tensor, centres: Tensor) -> None:
-        """Nearest (n,) = min(nearest, fast squared distance to each of `centres` (m, D), rows as given), in place."""
+        """Lowers `nearest` (n,), in place, to the fast squared distances to `centres` (m, D), rows as given."""
         moved = self.exact(centres) - self.shift  # (m, D)
         norms = moved.square().sum(1)  # (m,)
         dtype = self.work.dtype
