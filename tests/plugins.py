@@ -73,3 +73,9 @@ def second_class(probabilities: Annotated[Tensor, "N C"], *, k: int, candidates:
     """A kernel of its own that reads probabilities, whatever the caller sent."""
     rows, scores = pool.top(probabilities[:, 1], k, candidates)
     return Selection(rows, scores)
+
+
+@pointwise(Spec, cost="O(N C)", citation="2026")
+def steepest(logits: Annotated[Tensor, "N C"]) -> Tensor:
+    """A kernel that wants the logits themselves."""
+    return logits.amax(-1)

@@ -33,6 +33,11 @@ class WireArray:
     shape: tuple[int, ...]
     index: Any = None
 
+    @property
+    def shape_text(self) -> str:
+        """The shape as messages write it: (1797 64)."""
+        return f"({' '.join(map(str, self.shape))})"
+
     def header(self) -> tensor_pb2.Tensor:
         """The tensor without its bytes."""
         return tensor_pb2.Tensor(dtype=self.dtype, shape=self.shape, streamed=tensor_pb2.Streamed())

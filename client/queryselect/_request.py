@@ -108,7 +108,7 @@ def _add_inputs(
             _fill(message.pool, {name: value}, "pool.", prepared.arrays)
         else:
             array = to_wire(value, f"pool.{name}", rows=name in (*ROW_LISTS, "labels"))
-            given.append(f"{name} ({' '.join(map(str, array.shape))})")
+            given.append(f"{name} {array.shape_text}")
             upload = wanted is None or name in wanted or name in ALWAYS
             if upload:
                 getattr(message.pool, name).CopyFrom(array.header())
@@ -132,8 +132,7 @@ def _add_inputs(
 def _check_rows(name: str, array: WireArray, rows: int) -> None:
     """Raises InvalidInput for an array of another number of rows."""
     if array.shape[0] != rows:
-        shape = " ".join(map(str, array.shape))
-        raise InvalidInput(f"pool.{name} needs {rows} rows; it has ({shape})", field=f"pool.{name}")
+        raise InvalidInput(f"pool.{name} needs {rows} rows; it has {array.shape_text}", field=f"pool.{name}")
 
 
 def _keep_ids(prepared: Prepared, ids: Any, sizes: list[int]) -> None:

@@ -28,8 +28,6 @@ Integers = NDArray[np.int64]
 class Model(Protocol):
     """What is trained in every round: a probabilistic classifier, as scikit-learn has them."""
 
-    classes_: Any
-
     def fit(self, X: Any, y: Any) -> Any:  # noqa: N803  # scikit-learn's own letters
         """Learns from rows (n, D) and their labels (n,)."""
 

@@ -36,6 +36,10 @@ class InvalidInput(ServiceError):
 
     code, reason = "INVALID_ARGUMENT", "INVALID_INPUT"
 
+    def of(self, owner: str, path: str) -> InvalidInput:
+        """The same complaint about a part, as one about its owner, whose parts stand at `path`."""
+        return InvalidInput(f"{owner}: {self.message}", field=f"{path}.{self.field}")
+
 
 class OverLimit(ServiceError):
     """The request is over a fixed limit of size: send less, or ask the operator."""

@@ -77,7 +77,7 @@ class Request:
         try:
             self.spec.check_sizes(sizes)
         except InvalidInput as error:
-            raise InvalidInput(f"{self.strategy.name}: {error.message}", field=f"{self.path}.{error.field}") from None
+            raise error.of(self.strategy.name, self.path) from None
         self.size = sizes["N"]
         self.rows = {
             name: row_list(array, array.data, self.size)
@@ -117,8 +117,8 @@ class Request:
                 "pool needs exactly one of probabilities and logits; the request has both", field="pool.logits"
             )
         for wanted in strategy.inputs:
-            if wanted.required and not any(each in self.inputs for each in (wanted.name, *wanted.alternatives)):
-                names = " or ".join(f"pool.{each}" for each in (wanted.name, *wanted.alternatives))
+            if wanted.required and not any(each in self.inputs for each in wanted.names):
+                names = " or ".join(f"pool.{each}" for each in wanted.names)
                 given = ", ".join(array.described for array in self.inputs.values()) or "no inputs"
                 raise InvalidInput(
                     f"{strategy.name} needs {names} of shape ({wanted.shape}); the request has {given}",

@@ -32,10 +32,8 @@ from queryselect_service.settings import Settings
 
 #: Threads beyond those that may wait for the device, so that health and descriptions never wait behind them.
 SPARE_THREADS = 16
-
 #: Room in a message beside its tensors.
 HEADER_BYTES = 1 << 20
-
 #: Time for answers that are on their way when the port closes, in seconds.
 LAST_WORDS = 2.0
 #: How long a probe of the device counts, in seconds.

@@ -84,7 +84,8 @@ def build(spec: type[S], values: Mapping[str, Any]) -> S:
     Raises InvalidInput, its field the parameter's name, for an unknown name (the nearest is offered), a value of the
     wrong type, or one out of range.
     """
-    hints = {field.name: get_type_hints(spec)[field.name] for field in dataclasses.fields(spec)}
+    types = get_type_hints(spec)
+    hints = {field.name: types[field.name] for field in dataclasses.fields(spec)}
     for name in values:
         if name not in hints:
             nearest = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
@@ -93,11 +94,16 @@ def build(spec: type[S], values: Mapping[str, Any]) -> S:
     return spec(**{name: _convert(value, hints[name], name) for name, value in values.items()})
 
 
+def value_type(hint: Any) -> tuple[Any, bool]:
+    """The type of a field's values, and whether None is one: `int | None` gives int and True."""
+    options = get_args(hint) or (hint,)
+    return next(option for option in options if option is not type(None)), type(None) in options
+
+
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """`value` as the type that a Spec's field declares. Struct knows only float, bool, str and None."""
-    options = [option for option in (get_args(hint) or (hint,)) if option is not type(None)]
-    kind = options[0]
-    if value is None and len(options) < len(get_args(hint)):
+    kind, optional = value_type(hint)
+    if value is None and optional:
         return None
     if issubclass(kind, enum.Enum):
         if isinstance(value, str) and value in kind.__members__:

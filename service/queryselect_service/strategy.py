@@ -111,6 +111,11 @@ class Input:
         """The inputs that may stand in for this one."""
         return ALTERNATIVES.get(self.name, ())
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its own name and those of the inputs that may stand in for it."""
+        return (self.name, *self.alternatives)
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -120,6 +125,7 @@ class Strategy:
     function: Callable[..., Any]
     spec: type[Spec]
     inputs: tuple[Input, ...]
+    keywords: frozenset[str]  # the names of all parameters of the function
     tasks: tuple[Task, ...]
     score_kind: ScoreKind
     pointwise: bool
@@ -136,7 +142,7 @@ class Strategy:
 
     def reads(self, name: str) -> bool:
         """Whether the pool's input `name` is of use to this strategy."""
-        return any(name == each.name or name in each.alternatives for each in self.inputs)
+        return any(name in each.names for each in self.inputs)
 
 
 STRATEGIES: dict[str, Strategy] = {}
@@ -172,6 +178,7 @@ def strategy(
             function=function,
             spec=spec,
             inputs=_inputs(function),
+            keywords=frozenset(inspect.signature(function).parameters),
             tasks=tasks,
             score_kind=kind,
             pointwise=pointwise,
@@ -250,13 +257,9 @@ def select(
         scores = _score(strategy, inputs, spec, task, pool)
         indices, best = pool.top(scores, k, candidates)
         return Selection(indices, best, lambda: scores)
-    ready = {}
-    for name, x in inputs.items():
-        if name in ("probabilities", "logits"):
-            distribution = distributions(x, logits=name == "logits", multilabel=task is Task.MULTILABEL)
-            ready["probabilities"] = distribution[..., 1] if task is Task.MULTILABEL else distribution
-        else:
-            ready[name] = x
+    ready = _resolved(strategy, inputs, task)
+    if "probabilities" in ready and task is Task.MULTILABEL:
+        ready["probabilities"] = ready["probabilities"][..., 1]  # (n, L), label present
     offered = {
         "k": k, "spec": spec, "task": task, "context": context, "candidates": candidates, "seed": seed, "pool": pool,
     }  # fmt: skip
@@ -266,13 +269,25 @@ def select(
 
 def _wanted(strategy: Strategy, offered: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the keywords that the kernel takes."""
-    takes = inspect.signature(strategy.function).parameters
-    return {name: value for name, value in offered.items() if name in takes}
+    return {name: value for name, value in offered.items() if name in strategy.keywords}
+
+
+def _resolved(strategy: Strategy, inputs: Mapping[str, Tensor], task: Task) -> dict[str, Tensor]:
+    """The inputs by the names that the kernel declares, with `probabilities` as distributions over the last axis."""
+    ready = {}
+    for wanted in strategy.inputs:
+        for name in wanted.names:
+            if name in inputs:
+                ready[wanted.name] = inputs[name]
+                if wanted.name == "probabilities":
+                    multilabel = task is Task.MULTILABEL
+                    ready[wanted.name] = distributions(inputs[name], logits=name == "logits", multilabel=multilabel)
+    return ready
 
 
 def _score(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task, pool: Shards) -> Tensor:
     """Every row's score (n,), in fixed blocks."""
-    shapes = {name: each.shape for each in strategy.inputs for name in (each.name, *each.alternatives)}
+    shapes = {name: each.shape for each in strategy.inputs for name in each.names}
     per_row = {name: x for name, x in inputs.items() if shapes[name].startswith("N")}
     first = next(iter(per_row.values()))
     scores = torch.empty(len(first), dtype=torch.float64, device=first.device)
@@ -286,12 +301,8 @@ def _score(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: T
 
 def score_block(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task) -> Tensor:
     """The scores (n,) of a block of rows under a pointwise strategy."""
-    block = {}
-    for name, x in inputs.items():
-        if name in ("probabilities", "logits"):
-            block["probabilities"] = distributions(x, logits=name == "logits", multilabel=task is Task.MULTILABEL)
-        else:
-            block[name] = x.double() if x.is_floating_point() else x
+    ready = _resolved(strategy, inputs, task)
+    block = {name: x.double() if x.is_floating_point() else x for name, x in ready.items()}
     scores: Tensor = strategy.function(**block, **_wanted(strategy, {"spec": spec, "task": task}))
     if scores.dim() == 2 and isinstance(spec, LabelScore):  # (n, L)
         scores = aggregate_labels(scores, spec.label_aggregation, spec.top_k)

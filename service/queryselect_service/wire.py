@@ -16,7 +16,7 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from queryselect_service import spec as specs
-from queryselect_service.checks import Array
+from queryselect_service.checks import Array, shape_text
 from queryselect_service.engine import Times
 from queryselect_service.errors import InvalidInput, OverLimit, Unsupported
 from queryselect_service.request import INPUTS, ROW_LISTS, Request
@@ -55,6 +55,7 @@ DTYPES = {
     tensor_pb2.DATA_TYPE_U8: torch.uint8,
     tensor_pb2.DATA_TYPE_BOOL: torch.bool,
 }
+NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
 #: Row numbers that one warning carries.
 WARNING_ROWS = 1000
 RECOMMENDED_CHUNK_BYTES = 1 << 20
@@ -85,7 +86,8 @@ def decode(message: selection_pb2.SelectRequest, buffers: Buffers, settings: Set
         )
     if message.references:
         raise Unsupported("no query strategy of this server reads references", field="references")
-    read = {name for name in INPUTS if any(each.reads(name) for each in (*STRATEGIES.values(), *PLUGINS.values()))}
+    every = (*STRATEGIES.values(), *PLUGINS.values())
+    read = {name for some in every for each in some.inputs for name in each.names}
     _refuse_unserved(pool, "pool.", {*read, *ROW_LISTS, "ids", "num_rows"})
     _refuse_unserved(message.stop, "stop.", {"max_items"})
     for value in message.returns:
@@ -143,8 +145,8 @@ def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers) -> Ar
     dtype, shape = DTYPES[message.dtype], tuple(message.shape)
     # Strides count the bytes of every dimension but the first, a length of 0 elsewhere notwithstanding.
     if any(size < 0 for size in shape) or math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 1 << 63:
-        text = " ".join(map(str, shape))
-        raise InvalidInput(f"{path} needs sizes of at least 0 that memory can hold; its shape is ({text})", field=path)
+        text = shape_text(shape)
+        raise InvalidInput(f"{path} needs sizes of at least 0 that memory can hold; its shape is {text}", field=path)
     source = message.WhichOneof("source")
     if source == "ref":
         raise Unsupported("this server does not read tensors by reference", field=path)
@@ -157,10 +159,8 @@ def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers) -> Ar
         raise InvalidInput(f"{path} needs data; it has none", field=path)
     data = message.data
     if len(data) != needed:
-        text = " ".join(map(str, shape))
-        raise InvalidInput(
-            f"{path} of shape ({text}) and type {name} needs {needed} bytes; it has {len(data)}", field=path
-        )
+        text = f"{path} of shape {shape_text(shape)} and type {name}"
+        raise InvalidInput(f"{text} needs {needed} bytes; it has {len(data)}", field=path)
     if dtype is torch.bool and needed and np.frombuffer(data, np.uint8).max() > 1:
         raise InvalidInput(f"{path} needs truth values of 0 or 1; it has others", field=path)
     return Array(path, dtype, shape, _view(np.frombuffer(data, np.uint8), dtype, shape))
@@ -216,7 +216,7 @@ def decode_strategy(message: strategy_pb2.Strategy) -> tuple[Strategy, Spec, str
     try:
         return strategy, specs.build(strategy.spec, values), path
     except InvalidInput as error:
-        raise InvalidInput(f"{strategy.name}: {error.message}", field=f"{path}.{error.field}") from None
+        raise error.of(strategy.name, path) from None
 
 
 def encode_strategy(strategy: Strategy, spec: Spec) -> strategy_pb2.Strategy:
@@ -263,7 +263,7 @@ _PARAMETER_TYPES = {bool: "BOOL", int: "INT", float: "FLOAT", str: "STRING"}
 
 
 def _describe_parameter(field: dataclasses.Field[Any], hint: Any) -> strategy_pb2.ParameterDescription:
-    kind = next(option for option in (get_args(hint) or (hint,)) if option is not type(None))
+    kind, _ = specs.value_type(hint)
     names = getattr(kind, "__members__", None)
     low, high = field.metadata["low"], field.metadata["high"]
     text = strategy_pb2.ParameterDescription(
@@ -319,9 +319,8 @@ def encode(selection: Selection | None, request: Request) -> selection_pb2.Selec
 
 def encode_tensor(tensor: Tensor) -> tensor_pb2.Tensor:
     """An inline tensor."""
-    numbers = {dtype: number for number, dtype in DTYPES.items()}
     return tensor_pb2.Tensor(
-        dtype=numbers[tensor.dtype], shape=tensor.shape, data=tensor.contiguous().numpy().tobytes()
+        dtype=NUMBERS[tensor.dtype], shape=tensor.shape, data=tensor.contiguous().numpy().tobytes()
     )
 
 
@@ -329,7 +328,6 @@ def encode_info(
     times: Times, total: float, device: str, dtype: torch.dtype, seed: int, version: str
 ) -> selection_pb2.RunInfo:
     """How a request ran; times in seconds."""
-    numbers = {dtype: number for number, dtype in DTYPES.items()}
     return selection_pb2.RunInfo(
         queue=_duration(times.queue),
         receive=_duration(times.receive),
@@ -338,7 +336,7 @@ def encode_info(
         kernel=_duration(times.kernel),
         total=_duration(total),
         device=device,
-        compute_dtype=numbers[dtype],
+        compute_dtype=NUMBERS[dtype],
         version=version,
         seed=seed,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from queryselect import Client, Custom, ServerBug
+from queryselect import Client, Custom, InvalidInput, ServerBug
 from tests import plugins  # noqa: F401  # registers them
 
 Z = np.random.default_rng(0).normal(size=(50, 4))
@@ -39,6 +39,13 @@ def test_probabilities_are_probabilities_whatever_was_sent(local: Client):
         order = np.argsort(-expected[:, 1], kind="stable")[:7]
         assert got.indices.tolist() == order.tolist()
         np.testing.assert_allclose(got.scores, expected[order, 1])
+
+
+def test_a_kernel_that_asks_for_logits_gets_logits(local: Client):
+    got = local.select(Custom(name="steepest"), 5, logits=Z, return_pool_scores=True)
+    np.testing.assert_allclose(got.pool_scores, Z.max(1))
+    with pytest.raises(InvalidInput, match=r"steepest needs pool\.logits of shape \(N C\)"):
+        local.select(Custom(name="steepest"), 5, probabilities=P)
 
 
 def test_a_kernel_that_promised_pool_scores_and_has_none_is_a_bug(local: Client):

@@ -124,11 +124,11 @@ def _distance_to_mean(points: Points) -> Tensor:
 
 def _notices(points: Points, spec: KCenterGreedy, rows: Tensor, covered: Tensor) -> tuple[Notice, ...]:
     notices = []
-    zero = torch.cat([rows[:0], *(block for (block,) in points.pool.blocks(rows[points.inert]))])  # of all slices
-    if spec.normalize and len(zero):
-        notices.append(
-            Notice(NoticeCode.INERT_ROWS, f"{len(zero)} rows have length 0 and stay there when normalized", zero)
-        )
+    if spec.normalize:
+        zero = torch.cat([rows[:0], *(block for (block,) in points.pool.blocks(rows[points.inert]))])  # of all slices
+        if len(zero):
+            message = f"{len(zero)} rows have length 0 and stay there when normalized"
+            notices.append(Notice(NoticeCode.INERT_ROWS, message, zero))
     if len(covered):
         notices.append(
             Notice(
