@@ -5,10 +5,13 @@ Messages say what is needed, its shape, and what came; the first bad row is name
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +24,8 @@ DISJOINT = (("labeled", "pending", "excluded"), ("candidates", "pending", "exclu
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 #: Rows whose values are checked at once.
 BLOCK_ROWS = 4096
+#: How far probabilities may be from a sum of 1: in general, and in bfloat16.
+SUM_TOLERANCE, COARSE_SUM_TOLERANCE = 1e-3, 1e-2
 
 
 @dataclass
@@ -31,6 +36,11 @@ class Array:
     dtype: torch.dtype
     shape: tuple[int, ...]
     data: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def described(self) -> str:
@@ -119,23 +129,64 @@ def _refuse_twice(rows: Tensor, message: str, path: str) -> None:
         raise InvalidInput(message.format(int(twice[0])), field=path)
 
 
-def check_values(array: Array, data: Tensor, *, multilabel: bool, excluded: Tensor | None) -> None:
+def elements(path: str, data: np.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor at `path` as a view of its bytes, an array of any shape and type. Raises InvalidInput for bad truth."""
+    if not data.size:
+        return torch.empty(shape, dtype=dtype)
+    flat = data.reshape(-1).view(np.uint8)
+    if dtype is torch.bool and flat.max() > 1:
+        raise InvalidInput(f"{path} needs truth values of 0 or 1; it has others", field=path)
+    return torch.from_numpy(flat).view(dtype).reshape(shape)
+
+
+def check_values(
+    array: Array,
+    data: Tensor,
+    *,
+    first: int = 0,
+    multilabel: bool,
+    excluded: Tensor | None,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Raises InvalidInput, naming the first bad row, where the values can't be what the path says they are.
 
-    data: (n, ...). multilabel: whether each column of probabilities stands alone. excluded: ascending rows whose
-    values don't matter.
+    data: (n, ...), the rows from `first` on. multilabel: whether each column of probabilities stands alone. excluded:
+    ascending rows whose values don't matter. check: called between blocks of rows; may raise.
     """
     if not data.is_floating_point():
         return
-    for start in range(0, len(data), BLOCK_ROWS):
-        block = data[start : start + BLOCK_ROWS].reshape(min(BLOCK_ROWS, len(data) - start), -1)
+    flat = data.reshape(len(data), -1)
+    for start in range(0, len(flat), BLOCK_ROWS):
+        check()
+        block = flat[start : start + BLOCK_ROWS]
+        if _surely_fine(array.path, block, multilabel=multilabel):
+            continue
         for need, bad, came in _rules(array.path, block, multilabel):
             rows = bad.nonzero().squeeze(1)
             if excluded is not None and len(rows):
-                rows = rows[~torch.isin(rows + start, excluded)]
+                rows = rows[~torch.isin(rows + first + start, excluded)]
             if len(rows):
                 row = int(rows[0])
-                raise InvalidInput(f"{array.path} {need}; row {row + start} {came(block[row])}", field=array.path)
+                at = row + first + start
+                raise InvalidInput(f"{array.path} {need}; row {at} {came(block[row])}", field=array.path)
+
+
+def _surely_fine(path: str, block: Tensor, *, multilabel: bool) -> bool:
+    """One pass that no bad value survives: NaN and infinities stay what they are in sums, least and greatest values.
+
+    False says nothing: large finite values may add up to infinity.
+    """
+    name = path.rpartition(".")[2]
+    if name == "logits":
+        top = block.amax(1)
+        return bool((top < torch.inf).all() and (multilabel or (top > -torch.inf).all()))
+    if name == "probabilities":
+        low, high = block.aminmax()
+        if multilabel:
+            return bool(low >= 0) and bool(high <= 1)
+        sums = block.sum(1, dtype=torch.float64)
+        return bool(low >= 0) and bool((sums - 1).abs().max() <= SUM_TOLERANCE)
+    return bool(block.sum(dtype=torch.float64 if block.dtype is torch.float64 else torch.float32).isfinite())
 
 
 #: What is needed, which rows (b,) fail it, and the words for such a row.
@@ -152,7 +203,7 @@ def _rules(path: str, block: Tensor, multilabel: bool) -> Iterator[Rule]:
     yield _entries("must be finite", lambda x: ~x.isfinite(), block)
     if name == "probabilities":
         yield _entries("must not be negative", lambda x: x < 0, block)
-        tolerance = 1e-2 if block.dtype is torch.bfloat16 else 1e-3
+        tolerance = COARSE_SUM_TOLERANCE if block.dtype is torch.bfloat16 else SUM_TOLERANCE
         if multilabel:
             yield _entries("must be at most 1", lambda x: x > 1 + tolerance, block)
         else:

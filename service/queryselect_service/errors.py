@@ -3,9 +3,12 @@
     ServiceError
     ├── InvalidInput       the request is wrong: shapes, values, parameters        INVALID_ARGUMENT
     ├── OverLimit          the request is right, but larger than a fixed limit     OUT_OF_RANGE
+    ├── DoesNotFit         the request can never fit this device                   FAILED_PRECONDITION
     ├── Unsupported        this server does not serve that (yet)                   UNIMPLEMENTED
     ├── Busy               no room now; the same request may succeed later         RESOURCE_EXHAUSTED
     ├── OutOfMemory        the device ran out in spite of the estimate             RESOURCE_EXHAUSTED
+    ├── DataLoss           bytes changed on the way, or did not come               DATA_LOSS
+    ├── Aborted            the stream was silent for too long                      ABORTED
     ├── Unavailable        the server is draining                                  UNAVAILABLE
     ├── Cancelled          the caller went away                                    CANCELLED
     └── DeadlineExceeded   the caller's deadline passed                            DEADLINE_EXCEEDED
@@ -55,6 +58,19 @@ class OverLimit(ServiceError):
         )
 
 
+class DoesNotFit(ServiceError):
+    """No wait will make the request fit: send less, or to a larger device."""
+
+    code, reason = "FAILED_PRECONDITION", "DOES_NOT_FIT"
+
+    def __init__(self, what: str, estimate: int, place: str, capacity: int) -> None:
+        """`what` needs about `estimate` bytes at `place`, which has `capacity`."""
+        super().__init__(
+            f"{what} needs about {estimate} bytes on {place}, which has {capacity}",
+            metadata={"estimate": str(estimate), "capacity": str(capacity), "device": place},
+        )
+
+
 class Unsupported(ServiceError):
     """Not served here: use another server, or leave it out."""
 
@@ -75,6 +91,18 @@ class OutOfMemory(Busy):
     """The device ran out of memory; its caches are empty now, so trying again may help."""
 
     reason = "OUT_OF_MEMORY"
+
+
+class DataLoss(ServiceError):
+    """Bytes changed on the way, or did not come: send the same again."""
+
+    code, reason = "DATA_LOSS", "DATA_LOSS"
+
+
+class Aborted(ServiceError):
+    """The stream was silent for too long: start again."""
+
+    code, reason = "ABORTED", "IDLE"
 
 
 class Unavailable(ServiceError):

@@ -1,11 +1,14 @@
 """A request off the wire: what it says, whether it makes sense, and the problem that is left for a kernel.
 
 `Request` may know a tensor by its header alone: `check` then looks at names, shapes and types, and whatever values are
-there already, so that a large upload can be refused before it is sent. `problem` needs all values.
+there already, so that a large upload can be refused before it is sent. What comes later is checked as it comes:
+`check_values` takes rows, `check_rows` the lists of rows. `problem` needs all values, or the scores made of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +30,7 @@ from queryselect_service.errors import InvalidInput, OverLimit
 from queryselect_service.settings import Settings
 from queryselect_service.shards import Shards
 from queryselect_service.spec import Spec
-from queryselect_service.strategy import Notice, NoticeCode, Selection, Strategy, Task
+from queryselect_service.strategy import Notice, NoticeCode, Selection, Sizes, Strategy, Task
 
 #: The pool's inputs and their dimensions. Those with an N have one row per row of the pool.
 INPUTS = {
@@ -47,6 +50,8 @@ INPUTS = {
 INTEGER_INPUTS = ("clusters", "pseudo_labels", "labels")
 #: The pool's lists of rows, each a boolean mask or integer indices.
 ROW_LISTS = ("labeled", "pending", "excluded", "candidates")
+#: Those whose rows count as labelled.
+CONTEXT = ("labeled", "pending")
 
 
 @dataclass
@@ -66,38 +71,77 @@ class Request:
     validate_only: bool
     ids: Array | list[str] | None
     notices: list[Notice] = field(default_factory=list)
-    size: int = 0  # N, told by check
-    rows: dict[str, Tensor] = field(default_factory=dict)  # the row lists as ascending rows, told by check
+    letters: dict[str, int] = field(default_factory=dict)  # their sizes, told by check
+    rows: dict[str, Tensor] = field(default_factory=dict)  # the row lists as ascending rows, as far as they are here
 
-    def check(self, settings: Settings) -> None:
-        """Raises InvalidInput or OverLimit for what is wrong as far as it is known."""
+    def check(self, settings: Settings, check: Callable[[], None] = lambda: None) -> None:
+        """Raises InvalidInput or OverLimit for what is wrong as far as it is known. Called once.
+
+        check: called between blocks of values; may raise.
+        """
         self._check_names()
-        sizes = self._check_shapes()
+        self.letters = self._check_shapes()
         self._check_types()
         try:
-            self.spec.check_sizes(sizes)
+            self.spec.check_sizes(self.letters)
         except InvalidInput as error:
             raise error.of(self.strategy.name, self.path) from None
-        self.size = sizes["N"]
-        self.rows = {
-            name: row_list(array, array.data, self.size)
-            for name, array in self.row_lists.items()
-            if array.data is not None
-        }
-        check_disjoint(self.rows)
-        excluded = self.rows.get("excluded")
+        self.check_rows()
         for name in self.used:
-            array = self.inputs[name]
-            if array.data is not None:
-                per_row = INPUTS[name].startswith("N")
-                check_values(
-                    array,
-                    array.data,
-                    multilabel=self.task is Task.MULTILABEL,
-                    excluded=excluded if per_row else None,
-                )
+            data = self.inputs[name].data
+            if data is not None:
+                self.check_values(name, data, 0, check)
+        self._check_limits(settings)
+
+    def check_rows(self) -> None:
+        """Reads the row lists that are here. Raises InvalidInput for what is wrong with them or with the budget."""
+        for name, array in self.row_lists.items():
+            if array.data is not None and name not in self.rows:
+                self.rows[name] = row_list(array, array.data, self.size)
+        check_disjoint(self.rows)
         self._check_budget()
-        self._check_limits(sizes, settings)
+
+    def check_values(self, name: str, data: Tensor, first: int, check: Callable[[], None] = lambda: None) -> None:
+        """Raises InvalidInput for the first bad row of an input's rows (n, ...) from row `first` on."""
+        excluded = self.rows.get("excluded") if self.per_row(name) else None
+        multilabel = self.task is Task.MULTILABEL
+        check_values(self.inputs[name], data, first=first, multilabel=multilabel, excluded=excluded, check=check)
+
+    @property
+    def size(self) -> int:
+        """N, once checked."""
+        return self.letters["N"]
+
+    @staticmethod
+    def per_row(name: str) -> bool:
+        """Whether the input has a row per row of the pool."""
+        return INPUTS[name].startswith("N")
+
+    @property
+    def arrays(self) -> Iterator[Array]:
+        """Every tensor of the request."""
+        yield from self.inputs.values()
+        yield from self.row_lists.values()
+        if isinstance(self.ids, Array):
+            yield self.ids
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the selection's cost follows from, as far as it is known: row lists to come count in full."""
+        used = [self.inputs[name] for name in self.used]
+        known = {field.name for field in dataclasses.fields(Sizes)}
+        letters = {letter: size for letter, size in self.letters.items() if letter in known}
+        letters["L"] = sum(
+            len(self.rows[name]) if name in self.rows else array.shape[0]
+            for name, array in self.row_lists.items()
+            if name in CONTEXT
+        )
+        return Sizes(
+            **letters,
+            k=self.max_items or 0,
+            item=max((array.dtype.itemsize for array in used), default=8),
+            inputs=sum(array.nbytes for array in used),
+        )
 
     @property
     def used(self) -> list[str]:
@@ -176,7 +220,7 @@ class Request:
 
     @property
     def num_candidates(self) -> int:
-        """The number of rows that may be chosen."""
+        """The number of rows that may be chosen; while row lists are still to come, the most that it may be."""
         if "candidates" in self.rows:
             return len(self.rows["candidates"])
         return self.size - sum(len(self.rows[name]) for name in ("labeled", "pending", "excluded") if name in self.rows)
@@ -189,11 +233,12 @@ class Request:
         if self.max_items > self.num_candidates:
             raise InvalidInput(f"budget {self.max_items} but {self.num_candidates} candidates", field="stop.max_items")
 
-    def _check_limits(self, sizes: dict[str, int], settings: Settings) -> None:
+    def _check_limits(self, settings: Settings) -> None:
+        letters = self.letters
         checks = (
-            ("rows", sizes["N"], settings.max_rows, "max_rows", "pool"),
-            ("embedding dimensions", sizes.get("D", 0), settings.max_dims, "max_dims", "pool.embeddings"),
-            ("classes", sizes.get("C", 0), settings.max_classes, "max_classes", "pool"),
+            ("rows", self.size, settings.max_rows, "max_rows", "pool"),
+            ("embedding dimensions", letters.get("D", 0), settings.max_dims, "max_dims", "pool.embeddings"),
+            ("classes", letters.get("C", 0), settings.max_classes, "max_classes", "pool"),
             ("budget", self.max_items or 0, settings.max_budget, "max_budget", "stop.max_items"),
         )
         for what, size, limit, name, path in checks:
@@ -210,30 +255,31 @@ class Request:
                         field="pool.ids",
                     )
 
-    def problem(self) -> Problem:
-        """What is left for the kernel; `check` has passed and every value is here."""
-        inputs = {name: self.inputs[name].data for name in self.used}
+    def problem(self, scores: Tensor | None = None) -> Problem:
+        """What is left for the kernel; every value is here and checked. scores: (N,), where rows were scored already.
+
+        Excluded rows are gone, but for strategies that score rows one by one: there they are merely no candidates, so
+        that the blocks of rows that are scored together are the same however the rows came.
+        """
+        inputs = {name: x for name in self.used if (x := self.inputs[name].data) is not None}
         kept: Tensor | None = None
-        rows = dict(self.rows)
-        size = self.size
-        if len(rows.get("excluded", ())):
+        rows, size = dict(self.rows), self.size
+        if len(rows.get("excluded", ())) and not self.strategy.pointwise:
             keep = torch.ones(size, dtype=torch.bool)
             keep[rows.pop("excluded")] = False
             kept = keep.nonzero().squeeze(1)
             new = keep.cumsum(0) - 1  # (N,), the row's number among those kept
             rows = {name: new[each] for name, each in rows.items()}
-            inputs = {
-                name: x[kept] if x is not None and INPUTS[name].startswith("N") else x for name, x in inputs.items()
-            }
+            inputs = {name: x[kept] if self.per_row(name) else x for name, x in inputs.items()}
             size = len(kept)
-        empty = torch.empty(0, dtype=torch.int64)
-        context = torch.cat([rows.get("labeled", empty), rows.get("pending", empty)]).sort().values
+        context = torch.cat([torch.empty(0, dtype=torch.int64), *(rows[name] for name in CONTEXT if name in rows)])
         candidates = torch.ones(size, dtype=torch.bool)
-        candidates[context] = False
+        for name in (*CONTEXT, "excluded"):
+            candidates[rows.get(name, context[:0])] = False
         if "candidates" in rows:
             candidates = torch.zeros(size, dtype=torch.bool)
             candidates[rows["candidates"]] = True
-        return Problem(self, {name: x for name, x in inputs.items() if x is not None}, size, candidates, context, kept)
+        return Problem(self, inputs, size, candidates, context.sort().values, kept, scores)
 
 
 @dataclass
@@ -241,6 +287,7 @@ class Problem:
     """A request without its excluded rows, ready for a kernel.
 
     candidates: (n,) bool. context: (l,) rows. kept: (n,) the request's row of each row here, None where all are.
+    scores: (n,) of a pointwise strategy whose rows were scored as they came.
     """
 
     request: Request
@@ -249,26 +296,34 @@ class Problem:
     candidates: Tensor
     context: Tensor
     kept: Tensor | None
+    scores: Tensor | None
 
     def to(self, device: torch.device) -> Problem:
         """The same on another device."""
-        inputs = {name: x.to(device) for name, x in self.inputs.items()}
-        return Problem(self.request, inputs, self.size, self.candidates.to(device), self.context.to(device), self.kept)
+        return dataclasses.replace(
+            self,
+            inputs={name: x.to(device, non_blocking=True) for name, x in self.inputs.items()},
+            candidates=self.candidates.to(device),
+            context=self.context.to(device),
+        )
 
     def solve(self, pool: Shards) -> Selection:
         """Runs the kernel. Rows in the answer are the request's; tensors are on the host."""
-        request = self.request
-        found = strategies.select(
-            request.strategy,
-            self.inputs,
-            k=request.max_items or 0,
-            pool=pool,
-            candidates=self.candidates,
-            context=self.context,
-            spec=request.spec,
-            task=request.task,
-            seed=request.seed,
-        )
+        request, k = self.request, self.request.max_items or 0
+        if self.scores is not None:
+            found = strategies.rank(self.scores, k, self.candidates, pool)
+        else:
+            found = strategies.select(
+                request.strategy,
+                self.inputs,
+                k=k,
+                pool=pool,
+                candidates=self.candidates,
+                context=self.context,
+                spec=request.spec,
+                task=request.task,
+                seed=request.seed,
+            )
         scores: Tensor | None = None
         if request.want_pool_scores:
             if found.pool_scores is None:

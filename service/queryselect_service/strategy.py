@@ -12,7 +12,7 @@ import enum
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -27,8 +27,12 @@ from queryselect_service.maths.predictions import distributions
 from queryselect_service.shards import Shards
 from queryselect_service.spec import LabelScore, Spec
 
-#: Rows that a pointwise strategy scores at once, always: block borders never depend on how the rows arrived.
+#: Rows that a pointwise strategy scores at once: block borders never depend on how the rows arrived.
 POINTWISE_ROWS = 4096
+#: Fewer where a row has so many entries that a block would have more than this: a block must not take long, nor much.
+POINTWISE_ENTRIES = 1 << 20
+#: Bytes per row that scores and their ranking take (Whole.top): the scores, the candidates' rows and scores, a mask.
+RANKING_BYTES = 40
 
 #: Inputs that may stand in for another; the service derives the one from the other.
 ALTERNATIVES = {"probabilities": ("logits",)}
@@ -118,6 +122,34 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What the cost of a selection follows from: the letters (0 where the request has none), and bytes.
+
+    L: rows that count as labelled. k: picks. item: bytes of an entry of the widest input. inputs: bytes of all inputs.
+    """
+
+    N: int = 0
+    D: int = 0
+    C: int = 0
+    K: int = 0
+    P: int = 0
+    L: int = 0
+    k: int = 0
+    item: int = 8
+    inputs: int = 0
+
+
+def _unknown_memory(sizes: Sizes) -> int:
+    """What a plug-in is taken to need that does not say: a float64 copy of its inputs, and a few numbers per row."""
+    return 8 * sizes.inputs // sizes.item + 64 * sizes.N
+
+
+def _unknown_work(sizes: Sizes) -> float:
+    """The work of a plug-in that does not say: a look at everything per pick."""
+    return sizes.inputs / sizes.item * max(1, sizes.k)
+
+
+@dataclass(frozen=True)
 class Strategy:
     """A query strategy as the registry knows it."""
 
@@ -132,6 +164,8 @@ class Strategy:
     seeded: bool
     pool_scores: bool
     cost: str
+    memory: Callable[[Sizes], int]
+    work: Callable[[Sizes], float]
     citation: str
     custom: bool = False
 
@@ -155,6 +189,8 @@ def strategy(
     kind: ScoreKind,
     cost: str,
     citation: str,
+    memory: Callable[[Sizes], int] = _unknown_memory,
+    work: Callable[[Sizes], float] = _unknown_work,
     tasks: tuple[Task, ...] = (Task.MULTICLASS, Task.MULTILABEL),
     pool_scores: bool = True,
     seeded: bool = False,
@@ -166,6 +202,9 @@ def strategy(
     context (rows of this place that count as labelled, (l,) int64), candidates ((n,) bool), seed and pool; it returns a
     Selection. `probabilities` come as float64, whether the caller sent them or logits. The function itself stays as it
     is, a plain function.
+
+    memory: the most bytes that the kernel holds at once beside its inputs, never less than it does and at most twice
+    that of inputs and all. work: multiply-adds, to tell short selections from long ones.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,6 +224,8 @@ def strategy(
             seeded=seeded,
             pool_scores=pool_scores,
             cost=cost,
+            memory=memory,
+            work=work,
             citation=citation,
             custom=not own,
         )
@@ -198,6 +239,7 @@ def pointwise(
     *,
     cost: str,
     citation: str,
+    copies: int = 6,
     tasks: tuple[Task, ...] = (Task.MULTICLASS, Task.MULTILABEL),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a kernel that scores each row by itself: inputs of a block of rows in, scores out, float64.
@@ -205,8 +247,30 @@ def pointwise(
     `probabilities` come as float64 distributions over the last axis: (n, C) classes or, in a multi-label task,
     (n, L, 2) for label absent and present. The kernel reduces the last axis; scores (n, L) are then aggregated over
     labels where the Spec is a LabelScore. Inputs without an N in their shape come whole. `spec` comes if asked for.
+
+    copies: how many float64 copies of a block are alive at once, the one that it is given included.
     """
-    return strategy(spec, kind=ScoreKind.POINT, cost=cost, citation=citation, tasks=tasks, pointwise=True)
+
+    def memory(sizes: Sizes) -> int:
+        entries = max(1, sizes.inputs // sizes.item // max(1, sizes.N))  # of a row
+        block = block_rows(entries) * entries
+        return 8 * copies * min(block, sizes.N * entries) + RANKING_BYTES * sizes.N
+
+    return strategy(
+        spec,
+        kind=ScoreKind.POINT,
+        cost=cost,
+        citation=citation,
+        memory=memory,
+        work=lambda sizes: 10.0 * sizes.inputs / sizes.item,
+        tasks=tasks,
+        pointwise=True,
+    )
+
+
+def block_rows(entries: int) -> int:
+    """The rows of a block, where a row of the widest input has so many entries. It depends on the shape alone."""
+    return max(1, min(POINTWISE_ROWS, POINTWISE_ENTRIES // max(1, entries)))
 
 
 def _inputs(function: Callable[..., Any]) -> tuple[Input, ...]:
@@ -254,9 +318,7 @@ def select(
     """
     spec = spec or strategy.spec()
     if strategy.pointwise:
-        scores = _score(strategy, inputs, spec, task, pool)
-        indices, best = pool.top(scores, k, candidates)
-        return Selection(indices, best, lambda: scores)
+        return rank(_score(strategy, inputs, spec, task, pool), k, candidates, pool)
     ready = _resolved(strategy, inputs, task)
     if "probabilities" in ready and task is Task.MULTILABEL:
         ready["probabilities"] = ready["probabilities"][..., 1]  # (n, L), label present
@@ -285,16 +347,28 @@ def _resolved(strategy: Strategy, inputs: Mapping[str, Tensor], task: Task) -> d
     return ready
 
 
+def rank(scores: Tensor, k: int, candidates: Tensor, pool: Shards) -> Selection:
+    """The k candidates (n,) of the highest scores (n,): what is left to do once every row is scored."""
+    indices, best = pool.top(scores, k, candidates)
+    return Selection(indices, best, lambda: scores)
+
+
+def per_row(strategy: Strategy, names: Iterable[str]) -> list[str]:
+    """Those of the inputs that have a row per row of the pool."""
+    shapes = {name: each.shape for each in strategy.inputs for name in each.names}
+    return [name for name in names if shapes[name].startswith("N")]
+
+
 def _score(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task, pool: Shards) -> Tensor:
     """Every row's score (n,), in fixed blocks."""
-    shapes = {name: each.shape for each in strategy.inputs for name in each.names}
-    per_row = {name: x for name, x in inputs.items() if shapes[name].startswith("N")}
-    first = next(iter(per_row.values()))
-    scores = torch.empty(len(first), dtype=torch.float64, device=first.device)
-    for start in range(0, len(first), POINTWISE_ROWS):
-        pool.progress(start, len(first))
-        rows = slice(start, start + POINTWISE_ROWS)
-        block = {name: x[rows] if name in per_row else x for name, x in inputs.items()}
+    rowwise = per_row(strategy, inputs)
+    n, device = len(inputs[rowwise[0]]), inputs[rowwise[0]].device
+    step = block_rows(max(inputs[name][:1].numel() for name in rowwise))
+    scores = torch.empty(n, dtype=torch.float64, device=device)
+    for start in range(0, n, step):
+        pool.progress(start, n)
+        rows = slice(start, start + step)
+        block = {name: x[rows] if name in rowwise else x for name, x in inputs.items()}
         scores[rows] = score_block(strategy, block, spec, task)
     return scores
 

@@ -6,7 +6,8 @@ Requirements that the design meets:
   kernel's file declares, and written back the same way.
 - Nothing that is set is ignored: a field, an enum number or a strategy that this server does not serve is Unsupported.
 - Bytes are read once and not copied again: a protobuf `bytes` field copies on every access.
-- Tensors that did not come inline (streams, callers in this process) come as `buffers`, by path.
+- Tensors that did not come inline come as `buffers`, by path (callers in this process), or later (streams).
+- A chunk is read without a copy of its bytes, which protobuf would make two of: half the time of an upload.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from queryselect_service import spec as specs
-from queryselect_service.checks import Array, shape_text
+from queryselect_service.checks import Array, elements, shape_text
 from queryselect_service.engine import Times
 from queryselect_service.errors import InvalidInput, OverLimit, Unsupported
 from queryselect_service.request import INPUTS, ROW_LISTS, Request
@@ -64,8 +65,10 @@ RECOMMENDED_CHUNK_BYTES = 1 << 20
 # Requests
 
 
-def decode(message: selection_pb2.SelectRequest, buffers: Buffers, settings: Settings) -> Request:
+def decode(message: selection_pb2.SelectRequest, buffers: Buffers | None, settings: Settings) -> Request:
     """What a request says, its tensors with their elements where those are here already.
+
+    buffers: the elements of tensors marked as streamed, by path; None where they are still to come.
 
     Raises InvalidInput, OverLimit or Unsupported, naming the field.
     """
@@ -123,7 +126,7 @@ def _refuse_unserved(message: Message, path: str, served: set[str]) -> None:
             raise Unsupported(f"this server does not serve {path}{field.name} yet", field=f"{path}{field.name}")
 
 
-def _decode_ids(pool: selection_pb2.Pool, buffers: Buffers) -> Array | list[str] | None:
+def _decode_ids(pool: selection_pb2.Pool, buffers: Buffers | None) -> Array | list[str] | None:
     kind = pool.ids.WhichOneof("kind")
     if kind == "integers":
         return decode_tensor(pool.ids.integers, "pool.ids.integers", buffers)
@@ -134,8 +137,10 @@ def _decode_ids(pool: selection_pb2.Pool, buffers: Buffers) -> Array | list[str]
     return None
 
 
-def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers) -> Array:
+def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers | None) -> Array:
     """The tensor at `path`. Its elements are views of the message's bytes or of the caller's buffer: not to be written.
+
+    buffers: as in `decode`.
 
     Raises InvalidInput where type, shape and bytes don't fit together.
     """
@@ -151,9 +156,11 @@ def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers) -> Ar
     if source == "ref":
         raise Unsupported("this server does not read tensors by reference", field=path)
     if source == "streamed":
+        if buffers is None:
+            return Array(path, dtype, shape)
         if path not in buffers:
             raise InvalidInput(f"{path} is marked as streamed, which only SelectStream can send", field=path)
-        return Array(path, dtype, shape, _view(buffers[path], dtype, shape))
+        return Array(path, dtype, shape, elements(path, buffers[path], dtype, shape))
     needed = math.prod(shape) * dtype.itemsize
     if source is None and needed:  # no elements may be told by no bytes
         raise InvalidInput(f"{path} needs data; it has none", field=path)
@@ -161,15 +168,7 @@ def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers) -> Ar
     if len(data) != needed:
         text = f"{path} of shape {shape_text(shape)} and type {name}"
         raise InvalidInput(f"{text} needs {needed} bytes; it has {len(data)}", field=path)
-    if dtype is torch.bool and needed and np.frombuffer(data, np.uint8).max() > 1:
-        raise InvalidInput(f"{path} needs truth values of 0 or 1; it has others", field=path)
-    return Array(path, dtype, shape, _view(np.frombuffer(data, np.uint8), dtype, shape))
-
-
-def _view(array: np.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if not array.size:
-        return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(array.reshape(-1).view(np.uint8)).view(dtype).reshape(shape)
+    return Array(path, dtype, shape, elements(path, np.frombuffer(data, np.uint8), dtype, shape))
 
 
 def _enum_name(descriptor: EnumDescriptor, number: int, path: str) -> str:
