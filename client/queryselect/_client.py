@@ -252,12 +252,7 @@ class Client:
         """Tries until it works, retrying what may pass."""
         with show as report:
             budget, request_id = prepared.message.stop.max_items, prepared.message.request_id
-            report("selecting", 0, budget)
             lost = 0
-
-            def on_progress(done: int, total: int) -> None:
-                report("selecting", done, total)
-
             for tried in range(self._retries + 1):
                 if cancel.event.is_set():
                     raise Cancelled("the call was cancelled", request_id=request_id)
@@ -265,7 +260,7 @@ class Client:
                 if left is not None and left <= 0:
                     raise DeadlineExceeded("the timeout passed before the answer came", request_id=request_id)
                 try:
-                    message = self._transport.select(prepared, left, cancel, on_progress)
+                    message, apart = self._transport.select(prepared, left, cancel, report)
                     break
                 except QuerySelectError as error:
                     wait = _wait(error, tried)
@@ -275,7 +270,7 @@ class Client:
                         raise
                 cancel.event.wait(wait)
             report("selecting", budget, budget)
-            return from_response(message, prepared.ids)
+            return from_response(message, prepared.ids, apart)
 
 
 def _seconds(timeout: Any) -> float | None:
@@ -308,13 +303,17 @@ class _Bar:
         self._budget = budget
 
     def __enter__(self) -> ProgressCallback:
-        self._bar = tqdm(total=self._budget, unit="")
+        self._bar, self._phase = tqdm(total=self._budget, unit=""), ""
         return self._update
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def _update(self, phase: str, done: int, total: int | None) -> None:
-        self._bar.set_description(phase)
+        if phase != self._phase:  # what follows is counted in another unit, and its speed starts anew
+            self._phase = phase
+            self._bar.unit, self._bar.unit_scale = ("B", True) if phase == "receiving" else ("", False)
+            self._bar.set_description(phase, refresh=False)
+            self._bar.reset(total)
         self._bar.total = total
         self._bar.update(done - self._bar.n)

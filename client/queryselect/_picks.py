@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from queryselect.v1 import selection_pb2, strategy_pb2, tensor_pb2
 
-_NUMPY = {
+#: The types that an answer's tensors have.
+NUMPY = {
     tensor_pb2.DATA_TYPE_F64: np.float64,
     tensor_pb2.DATA_TYPE_F32: np.float32,
     tensor_pb2.DATA_TYPE_I64: np.int64,
@@ -95,13 +96,19 @@ class Picks:
         return pd.DataFrame(columns)
 
 
-def from_response(message: selection_pb2.SelectResponse, ids: Any) -> Picks:
-    """The picks that an answer tells of. ids: the caller's, or None."""
-    info = message.info
-    indices = to_numpy(message.indices) if message.HasField("indices") else np.empty(0, np.int64)
+def from_response(message: selection_pb2.SelectResponse, ids: Any, apart: Mapping[str, NDArray[Any]]) -> Picks:
+    """The picks that an answer tells of. ids: the caller's, or None. apart: its tensors that came beside it."""
+
+    def tensor(name: str) -> NDArray[Any] | None:
+        if name in apart:
+            return apart[name]
+        return to_numpy(getattr(message, name)) if message.HasField(name) else None  # type: ignore[arg-type]
+
+    info, indices, scores = message.info, tensor("indices"), tensor("scores")
+    indices = np.empty(0, np.int64) if indices is None else indices
     return Picks(
         indices=indices,
-        scores=to_numpy(message.scores) if message.HasField("scores") else np.empty(0),
+        scores=np.empty(0) if scores is None else scores,
         score_kind=_enum_name(strategy_pb2.ScoreKind.DESCRIPTOR, message.score_kind),
         stop_reason=_enum_name(selection_pb2.StopReason.DESCRIPTOR, message.stop_reason),
         strategy=getattr(message.strategy, message.strategy.WhichOneof("kind") or "custom"),
@@ -125,8 +132,8 @@ def from_response(message: selection_pb2.SelectResponse, ids: Any) -> Picks:
             request_id=message.request_id,
         ),
         ids=None if ids is None else ids[indices],
-        pool_scores=to_numpy(message.pool_scores) if message.HasField("pool_scores") else None,
-        pseudo_labels=to_numpy(message.pseudo_labels) if message.HasField("pseudo_labels") else None,
+        pool_scores=tensor("pool_scores"),
+        pseudo_labels=tensor("pseudo_labels"),
         cost_spent=message.cost_spent if message.HasField("cost_spent") else None,
     )
 
@@ -140,4 +147,4 @@ def _enum_name(descriptor: EnumDescriptor, number: int) -> str:
 
 def to_numpy(message: tensor_pb2.Tensor) -> NDArray[Any]:
     """An inline tensor as an array of its own."""
-    return np.frombuffer(message.data, _NUMPY[message.dtype]).reshape(tuple(message.shape)).copy()
+    return np.frombuffer(message.data, NUMPY[message.dtype]).reshape(tuple(message.shape)).copy()

@@ -6,6 +6,7 @@ The messages' own descriptors drive this: an argument is a field of Pool, by nam
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,17 +47,28 @@ class Prepared:
     message: selection_pb2.SelectRequest
     arrays: dict[str, WireArray] = field(default_factory=dict)
     ids: Any = None
+    num_rows: int = 0  # N, 0 where nothing tells it
 
     @property
     def num_bytes(self) -> int:
         """The bytes of all arrays."""
         return sum(array.data.nbytes for array in self.arrays.values())
 
-    def inline(self) -> selection_pb2.SelectRequest:
-        """The request with every array inside."""
+    @property
+    def answer_bytes(self) -> int:
+        """The bytes of the answer's arrays: an index and a score per pick, a score per row when asked for."""
+        per_row = 8 * self.num_rows * (selection_pb2.RETURN_POOL_SCORES in self.message.returns)
+        return 16 * self.message.stop.max_items + per_row
+
+    def inline(self, most: float = math.inf) -> dict[str, WireArray]:
+        """Puts the arrays of at most so many bytes into the message. Returns the others."""
+        large = {}
         for path, array in self.arrays.items():
-            _tensor_at(self.message, path).data = array.data.tobytes()
-        return self.message
+            if array.data.nbytes <= most:
+                _tensor_at(self.message, path).data = array.data.tobytes()
+            else:
+                large[path] = array
+        return large
 
 
 def prepare(
@@ -125,6 +137,7 @@ def _add_inputs(
         sizes.append(message.pool.num_rows)
     if ids is not None:
         _keep_ids(prepared, ids, sizes)
+    prepared.num_rows = sizes[0] if sizes else 0
     if sizes and not told and not message.pool.HasField("num_rows"):
         message.pool.num_rows = sizes[0]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from numpy.typing import NDArray
 
-from queryselect._errors import Cancelled, TooLarge, from_rpc, from_status
+from queryselect._errors import Cancelled, DataLoss, from_rpc, from_status
 from queryselect._request import Prepared
+from queryselect._upload import Download, Upload, serialize
 from queryselect.v1 import (
     selection_pb2,
     selection_pb2_grpc,
@@ -22,13 +24,17 @@ from queryselect.v1 import (
 
 Answer = TypeVar("Answer")
 
-#: Told the work done and the work in all.
-Report = Callable[[int, int], None]
+_SERVICE = selection_pb2.DESCRIPTOR.services_by_name["SelectionService"].full_name
+
+#: Told the phase, the work done and the work in all (None where unknown).
+Report = Callable[[str, int, int | None], object]
+#: A response, and its tensors that came apart from it, by name.
+Response = tuple[selection_pb2.SelectResponse, Mapping[str, NDArray[Any]]]
 
 MIB = 1 << 20
-#: What fits one message to a server with default limits.
-INLINE_BYTES = 64 * MIB
-#: Room for the answer: pool_scores of a full message, a million picks, and their ids.
+#: Requests of at most so many bytes, with answers no larger, go in one message; larger ones are streamed.
+UNARY_BYTES = 4 * MIB
+#: Room for a message: what a server may answer at once, which is mostly the ids of a million picks.
 ANSWER_BYTES = 256 * MIB
 
 
@@ -62,9 +68,7 @@ class Cancel:
 class Transport(Protocol):
     """A way to a service. Methods raise QuerySelectError; timeouts are in seconds, None for none."""
 
-    def select(
-        self, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report
-    ) -> selection_pb2.SelectResponse: ...
+    def select(self, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report) -> Response: ...
 
     def list_strategies(self, timeout: float | None) -> strategy_pb2.ListStrategiesResponse: ...
 
@@ -78,7 +82,7 @@ class Remote:
 
     def __init__(self, target: str, *, token: str | None, tls: bool | grpc.ChannelCredentials | None) -> None:
         options = [
-            ("grpc.max_send_message_length", INLINE_BYTES + MIB),
+            ("grpc.max_send_message_length", -1),  # what is too large, the server says
             ("grpc.max_receive_message_length", ANSWER_BYTES),
             ("grpc.enable_retries", 0),  # the client retries by itself: gRPC's own forgets requests over 256 KiB
         ]
@@ -91,22 +95,51 @@ class Remote:
                 raise ValueError(f"a token would travel in clear text to {target}; use tls")
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._selection = selection_pb2_grpc.SelectionServiceStub(self._channel)
+        # Beside the generated one, which would copy a chunk's bytes twice more.
+        self._select_stream = self._channel.stream_stream(
+            f"/{_SERVICE}/SelectStream", serialize, selection_pb2.SelectStreamResponse.FromString
+        )
         self._strategy = strategy_pb2_grpc.StrategyServiceStub(self._channel)
         self._server = server_pb2_grpc.ServerServiceStub(self._channel)
 
-    def select(
-        self,
-        prepared: Prepared,
-        timeout: float | None,
-        cancel: Cancel,
-        report: Report,  # noqa: ARG002  # a unary call tells nothing on its way
-    ) -> selection_pb2.SelectResponse:
-        """One unary call with every array inside."""
-        if prepared.num_bytes > INLINE_BYTES:
-            raise TooLarge(f"the inputs are {prepared.num_bytes} bytes; one message takes {INLINE_BYTES}")
-        call = self._selection.Select.future(prepared.inline(), timeout=timeout, metadata=self._metadata)
+    def select(self, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report) -> Response:
+        """One unary call with every array inside, or a stream where there is much to send or to be sent back."""
+        if max(prepared.num_bytes, prepared.answer_bytes) > UNARY_BYTES:
+            return self._stream(prepared, timeout, cancel, report)
+        report("selecting", 0, prepared.message.stop.max_items)  # a unary call tells nothing on its way
+        prepared.inline()
+        call = self._selection.Select.future(prepared.message, timeout=timeout, metadata=self._metadata)
         cancel.attach(call.cancel)
-        return _result(call.result, prepared.message.request_id)
+        return _result(call.result, prepared.message.request_id), {}
+
+    def _stream(self, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report) -> Response:
+        upload, download = Upload(prepared), Download()
+        if upload.num_bytes:
+            report("receiving", 0, upload.num_bytes)
+        call = self._select_stream(iter(upload), timeout=timeout, metadata=self._metadata)
+        cancel.attach(call.cancel)
+
+        def listen() -> None:
+            for response in call:
+                if response.HasField("admitted"):
+                    upload.admit(response.admitted.recommended_chunk_bytes)
+                elif response.HasField("progress"):
+                    progress = response.progress
+                    phase = selection_pb2.Phase.Name(progress.phase).removeprefix("PHASE_").lower()
+                    report(phase, progress.done, progress.total if progress.HasField("total") else None)
+                elif response.HasField("result"):
+                    download.start(response.result)
+                elif response.HasField("chunk"):
+                    download.write(response.chunk)
+
+        try:
+            _result(listen, prepared.message.request_id)
+        finally:
+            upload.stop()
+            call.cancel()  # where the caller's own callback has failed; after the end it does nothing
+        if download.message is None or not download.complete:
+            raise DataLoss("the stream ended before the whole answer came", request_id=prepared.message.request_id)
+        return download.message, download.arrays
 
     def list_strategies(self, timeout: float | None) -> strategy_pb2.ListStrategiesResponse:
         """Asks for the strategies."""
@@ -145,15 +178,18 @@ class InProcess:
             raise ImportError(message) from error
         self._local, self._failure = Local(), StatusError
 
-    def select(
-        self, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report
-    ) -> selection_pb2.SelectResponse:
+    def select(self, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report) -> Response:
         """One call; arrays are not copied."""
-        call = self._local.call(prepared.message.request_id, timeout, report)
+        report("selecting", 0, prepared.message.stop.max_items)
+
+        def note(done: int, total: int) -> None:
+            report("selecting", done, total)
+
+        call = self._local.call(prepared.message.request_id, timeout, note)
         cancel.attach(call.gone.set)
         buffers = {path: array.data for path, array in prepared.arrays.items()}
         try:
-            return self._local.select(prepared.message, buffers, call)
+            return self._local.select(prepared.message, buffers, call), {}
         except self._failure as error:
             raise from_status(error.status, call.request_id) from error.__cause__
 

@@ -130,7 +130,10 @@ def _refuse_twice(rows: Tensor, message: str, path: str) -> None:
 
 
 def elements(path: str, data: np.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The tensor at `path` as a view of its bytes, an array of any shape and type. Raises InvalidInput for bad truth."""
+    """The tensor at `path` as a view of its bytes, an array of any shape and type.
+
+    Raises InvalidInput for truth values that are neither 0 nor 1.
+    """
     if not data.size:
         return torch.empty(shape, dtype=dtype)
     flat = data.reshape(-1).view(np.uint8)

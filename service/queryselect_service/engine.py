@@ -1,9 +1,10 @@
-"""The device, and whose turn it is.
+"""The device, and how a selection gets its turn there.
 
 Requirements that the design meets:
 
-- One selection at a time on a device: two would only share its bandwidth and double the memory.
-- Waiting is bounded in number and in time; a caller who has gone leaves the line.
+- One job at a time on a device: two would only share its bandwidth and double the memory. A thread of its own runs
+  them, in the order of `queue.py`; nothing else waits for it.
+- A request is admitted before its bytes travel: it has a place, and the memory that it will need is set aside.
 - A selection stops at the next check of shards.py's verbs once its caller has gone or its deadline has passed.
 - A device that runs out of memory fails one request, never the server.
 """
@@ -14,23 +15,28 @@ import os
 import threading
 import time
 import traceback
-from collections import deque
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
-from queryselect_service.errors import Busy, Cancelled, DeadlineExceeded, OutOfMemory
-from queryselect_service.request import Request
+from queryselect_service.errors import Busy, Cancelled, DeadlineExceeded, DoesNotFit, OutOfMemory, OverLimit
+from queryselect_service.queue import RETRY_AFTER, Job, Queue, Room
+from queryselect_service.request import Problem, Request
 from queryselect_service.settings import Settings
 from queryselect_service.shards import Whole
 from queryselect_service.strategy import Selection
 
+Result = TypeVar("Result")
+
 #: How often a waiting caller looks whether it is still wanted, in seconds.
 POLL = 0.05
-#: When a caller who found no room should come back, in seconds.
-RETRY_AFTER = 1.0
+#: The part of a GPU's memory that requests may fill; the rest is for its libraries.
+DEVICE_PART = 0.9
 
 
 @dataclass(eq=False)
@@ -52,13 +58,14 @@ class Call:
 
 @dataclass
 class Times:
-    """Seconds that a request spent in each phase."""
+    """Seconds that a request spent in each phase, and the most bytes it held on the device, where that can be told."""
 
     queue: float = 0.0
     receive: float = 0.0
     decode: float = 0.0
     transfer: float = 0.0
     kernel: float = 0.0
+    peak_bytes: int | None = None
 
 
 class Engine:
@@ -70,8 +77,12 @@ class Engine:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
-        self._line: deque[Call] = deque()
-        self._changed = threading.Condition()
+        self.queue = Queue(settings.queue_ageing)
+        self.host = Room(str(self.device), settings.max_queue + 1, settings.max_host_bytes)
+        self._separate: Room | None = None  # the device's own memory, where it has some
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        weakref.finalize(self, self.queue.close)
 
     def probe(self) -> None:
         """One tiny operation on the device. Raises RuntimeError where it does not work."""
@@ -92,58 +103,190 @@ class Engine:
         page = os.sysconf("SC_PAGE_SIZE")
         return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
 
-    def run(self, request: Request, call: Call, times: Times) -> Selection:
+    @contextmanager
+    def admit(self, request: Request, call: Call, times: Times, *, held: int, resident: bool = True) -> Iterator[Place]:
+        """A place for the request, with memory set aside, for as long as the context lasts.
+
+        held: bytes of the request's tensors that this process keeps for it. resident: whether the kernel has its inputs
+        as a whole, not a block of rows at a time.
+        Raises OverLimit or DoesNotFit where the request is too large for ever, Busy where there is no room now.
+        """
+        place = Place(self, request, call, times, held=held, resident=resident)
+        try:
+            place.enter()
+            yield place
+        finally:
+            place.leave()
+
+    @property
+    def own_memory(self) -> Room | None:
+        """The device's own memory, which is not the host's. None for a CPU."""
+        if self.device.type == "cuda" and self._separate is None:
+            _, total = self.memory()
+            self._separate = Room(str(self.device), self.host.places, int(DEVICE_PART * total))
+        return self._separate
+
+    def put(self, job: Job[Any]) -> None:
+        """Lets the job wait for its turn."""
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=_serve, args=(self.queue,), name=str(self.device), daemon=True)
+                self._thread.start()
+        self.queue.put(job)
+
+
+def _serve(queue: Queue) -> None:
+    """What the device's thread does. It knows the queue only, so that an engine nobody holds can go."""
+    while (job := queue.take()) is not None:
+        job.run()
+        del job  # or its outcome would live until the next one comes
+
+
+class Place:
+    """An admitted request: its memory, and its turns on the device."""
+
+    def __init__(
+        self, engine: Engine, request: Request, call: Call, times: Times, *, held: int, resident: bool
+    ) -> None:
+        self._engine, self._request, self.call, self._times = engine, request, call, times
+        self._held, self._resident = held, resident
+        self._host, self._own = self._needs()
+        self._rooms: list[tuple[Room, int]] = []  # entered, and the bytes set aside there
+        self._job: Job[Any] | None = None
+
+    @property
+    def reserved(self) -> int:
+        """The bytes that are set aside, on host and device."""
+        return sum(nbytes for _, nbytes in self._rooms)
+
+    def _needs(self) -> tuple[int, int]:
+        """The bytes that the request will need on the host, and on the device where that has memory of its own."""
+        request, strategy = self._request, self._request.strategy
+        sizes = request.sizes
+        working = 0 if request.validate_only else strategy.memory(sizes)
+        host = self._held + request.extra_bytes + 2 * request.answer_bytes  # as tensors, and as a message
+        if self._engine.own_memory is None:
+            return host + working, 0
+        return host, working + (sizes.inputs if self._resident else 0)
+
+    def enter(self) -> None:
+        """See Engine.admit."""
+        engine, request = self._engine, self._request
+        limit = engine.settings.max_host_bytes
+        if self._held > limit:
+            raise OverLimit("bytes of host memory", self._held, limit, name="max_host_bytes", field="pool")
+        own, name = engine.own_memory, request.strategy.name
+        room, need = (engine.host, self._host) if own is None else (own, self._own)
+        if need > room.capacity:
+            raise DoesNotFit(name, need, room.where, room.capacity)
+        for each, nbytes in ((engine.host, self._host), *([] if own is None else [(own, self._own)])):
+            each.enter(nbytes)
+            self._rooms.append((each, nbytes))
+
+    def reserve(self, nbytes: int) -> None:
+        """Sets more host memory aside, or less where negative. Raises Busy or, where it can never be, OverLimit."""
+        room, had = self._rooms[0]
+        if had + nbytes > room.capacity:
+            raise OverLimit("bytes of host memory", had + nbytes, room.capacity, name="max_host_bytes", field="pool")
+        room.reserve(nbytes)
+        self._rooms[0] = (room, had + nbytes)
+
+    def leave(self) -> None:
+        """Gives everything back, once nothing runs any more."""
+        if self._job is not None and not self._engine.queue.withdraw(self._job) and not self._job.outcome.done():
+            self.call.gone.set()
+            self._job.outcome.exception()  # waits
+        for room, nbytes in self._rooms:
+            room.leave(nbytes)
+
+    # Turns
+
+    def run(self, problem: Callable[[], Problem]) -> Selection:
         """Waits for the device and selects there.
 
-        Raises Busy where the line is full or the wait too long, Cancelled or DeadlineExceeded where the caller has
-        gone, OutOfMemory where the memory of device or host ends.
+        Raises Busy where the wait was too long, Cancelled or DeadlineExceeded where the caller has gone, OutOfMemory
+        where the memory of device or host ends.
         """
-        started = time.monotonic()
-        with self._turn(call):
-            times.queue = time.monotonic() - started
+        job = self.start_selection(problem)
+        while not self.wait(job, 1.0):
+            pass
+        return job.outcome.result()
+
+    def start_selection(self, problem: Callable[[], Problem]) -> Job[Selection]:
+        """Puts the selection itself in the line."""
+
+        def select() -> Selection:
+            started, times = time.monotonic(), self._times
+            ready = problem().to(self._engine.device)
+            times.transfer += time.monotonic() - started
+            started = time.monotonic()
+            selection = ready.solve(Whole(ready.size, self.call.check, self.call.report))
+            times.kernel += time.monotonic() - started
+            return selection
+
+        return self.start(select, self._request.strategy.work(self._request.sizes))
+
+    def start(self, work: Callable[[], Result], size: float) -> Job[Result]:
+        """Puts work in the line, one job at a time. size: multiply-adds."""
+        self._job = job = Job(lambda: self._guarded(work, job.since), size)
+        self._engine.put(job)
+        return job
+
+    def wait(self, job: Job[Any], seconds: float) -> bool:
+        """Waits for at most about so long; whether the job has ended (then ask its outcome).
+
+        Raises Cancelled, DeadlineExceeded or Busy where the job has not begun and will not.
+        """
+        until, queue = time.monotonic() + seconds, self._engine.queue
+        while True:
             try:
-                with torch.inference_mode():
-                    return self._solve(request, call, times)
-            except (MemoryError, RuntimeError) as error:
-                if not _ran_out(error):
-                    raise
-                traceback.clear_frames(error.__traceback__)  # they hold the very tensors that filled the memory
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                message = f"{self.device} is out of memory; its caches are empty now"
-                raise OutOfMemory(message, retry_after=RETRY_AFTER) from None
+                job.outcome.exception(min(POLL, max(0.0, until - time.monotonic())))
+            except NotYet:
+                pass
+            else:
+                return True
+            patience = self._engine.settings.queue_wait
+            late = time.monotonic() - job.since > patience
+            if (late or self._unwanted()) and queue.withdraw(job):
+                self._job = None
+                self.call.check()
+                raise Busy(f"{self._engine.device} was not free within {patience:g} s", retry_after=RETRY_AFTER)
+            if time.monotonic() >= until:
+                return False
 
-    def _solve(self, request: Request, call: Call, times: Times) -> Selection:
-        started = time.monotonic()
-        problem = request.problem().to(self.device)
-        times.transfer = time.monotonic() - started
-        started = time.monotonic()
-        selection = problem.solve(Whole(problem.size, call.check, call.report))
-        times.kernel = time.monotonic() - started
-        return selection
+    def ahead(self, job: Job[Any]) -> int:
+        """How many jobs stand between this one and the device."""
+        return self._engine.queue.ahead(job)
 
-    @contextmanager
-    def _turn(self, call: Call) -> Iterator[None]:
-        """First come, first served; the first in the line has the device."""
-        until = time.monotonic() + self.settings.queue_wait
-        with self._changed:
-            waiting = len(self._line) - 1
-            if waiting >= self.settings.max_queue:
-                raise Busy(f"{waiting} requests are waiting for {self.device} already", retry_after=RETRY_AFTER)
-            self._line.append(call)
+    def _unwanted(self) -> bool:
         try:
-            with self._changed:
-                while self._line[0] is not call:
-                    call.check()
-                    if time.monotonic() > until:
-                        wait = self.settings.queue_wait
-                        raise Busy(f"{self.device} was not free within {wait:g} s", retry_after=RETRY_AFTER)
-                    self._changed.wait(POLL)
-            yield
-        finally:
-            with self._changed:
-                self._line.remove(call)
-                self._changed.notify_all()
+            self.call.check()
+        except (Cancelled, DeadlineExceeded):
+            return True
+        return False
+
+    def _guarded(self, work: Callable[[], Result], since: float) -> Result:
+        """The work, in the device's thread."""
+        self._times.queue += time.monotonic() - since
+        cuda = self._engine.device.type == "cuda"
+        try:
+            self.call.check()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(self._engine.device)
+            with torch.inference_mode():
+                result = work()
+            if cuda:
+                peak = torch.cuda.max_memory_allocated(self._engine.device)
+                self._times.peak_bytes = max(peak, self._times.peak_bytes or 0)
+        except (MemoryError, RuntimeError) as error:
+            if not _ran_out(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the very tensors that filled the memory
+            if cuda:
+                torch.cuda.empty_cache()
+            message = f"{self._engine.device} is out of memory; its caches are empty now"
+            raise OutOfMemory(message, retry_after=RETRY_AFTER) from None
+        return result
 
 
 def _ran_out(error: Exception) -> bool:

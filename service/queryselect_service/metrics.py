@@ -31,6 +31,10 @@ class Metrics:
             buckets=BUCKETS,
             registry=self.registry,
         )
+        self.in_flight = Gauge("queryselect_in_flight", "Selections admitted and not ended", registry=self.registry)
+        self.queue_depth = Gauge(
+            "queryselect_queue_depth", "Jobs that are ready and wait for the device", registry=self.registry
+        )
         build = Gauge(
             "queryselect_build_info",
             "Always 1; the labels tell the versions",

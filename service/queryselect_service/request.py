@@ -219,6 +219,15 @@ class Request:
         return 16 * (self.max_items or 0) + (8 * self.size if self.want_pool_scores else 0)
 
     @property
+    def extra_bytes(self) -> int:
+        """The memory that `problem` takes beside the inputs: lists of rows, masks, and inputs without excluded rows."""
+        listed = sum(array.nbytes for array in self.row_lists.values())
+        extra = self.size + 16 * self.sizes.L + listed
+        if "excluded" in self.row_lists and not self.strategy.pointwise:
+            extra += self.sizes.inputs + 16 * self.size
+        return extra
+
+    @property
     def num_candidates(self) -> int:
         """The number of rows that may be chosen; while row lists are still to come, the most that it may be."""
         if "candidates" in self.rows:

@@ -18,7 +18,6 @@ from grpc_reflection.v1alpha import reflection
 
 from queryselect.v1 import (
     selection_pb2,
-    selection_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
     strategy_pb2,
@@ -27,7 +26,13 @@ from queryselect.v1 import (
 from queryselect_service.engine import Engine
 from queryselect_service.metrics import Metrics
 from queryselect_service.service import Service
-from queryselect_service.servicer import Frontend, SelectionServicer, ServerServicer, StrategyServicer
+from queryselect_service.servicer import (
+    Frontend,
+    SelectionServicer,
+    ServerServicer,
+    StrategyServicer,
+    add_selection_servicer,
+)
 from queryselect_service.settings import Settings
 
 #: Threads beyond those that may wait for the device, so that health and descriptions never wait behind them.
@@ -36,6 +41,8 @@ SPARE_THREADS = 16
 HEADER_BYTES = 1 << 20
 #: Time for answers that are on their way when the port closes, in seconds.
 LAST_WORDS = 2.0
+#: How often a silent client is asked whether it is there, in milliseconds.
+KEEPALIVE_MS = 20_000
 #: How long a probe of the device counts, in seconds.
 PROBE_COUNTS = 1.0
 
@@ -111,10 +118,14 @@ def start(settings: Settings) -> Server:
             ("grpc.max_receive_message_length", settings.max_inline_bytes + HEADER_BYTES),
             ("grpc.max_send_message_length", -1),  # answers are bounded by the service itself
             ("grpc.so_reuseport", 0),  # a second server on this port must fail, not share it
+            # A client whose machine vanished says nothing: asked now and then, it does not answer.
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
+            ("grpc.http2.max_pings_without_data", 0),
         ],
     )
     frontend = Frontend(service, metrics)
-    selection_pb2_grpc.add_SelectionServiceServicer_to_server(SelectionServicer(frontend), server)
+    add_selection_servicer(SelectionServicer(frontend), server)
     strategy_pb2_grpc.add_StrategyServiceServicer_to_server(StrategyServicer(frontend), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(frontend), server)
     names = [

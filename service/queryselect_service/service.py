@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
@@ -10,7 +11,10 @@ from queryselect_service import strategy as strategies
 from queryselect_service import wire
 from queryselect_service.engine import Call, Engine, Times
 from queryselect_service.errors import OverLimit
+from queryselect_service.request import Request
 from queryselect_service.settings import Settings
+from queryselect_service.strategy import Selection
+from queryselect_service.stream import Stream
 
 VERSION = version("queryselect")
 
@@ -36,15 +40,33 @@ class Service:
         """
         started, times = time.monotonic(), Times()
         request = wire.decode(message, buffers or {}, self.settings)
-        request.check(self.settings)
+        request.check(self.settings, call.check)
         size = request.answer_bytes
         if largest_answer is not None and size > largest_answer:
             raise OverLimit("bytes of the answer", size, largest_answer, name="max_inline_bytes", field="returns")
         times.decode = time.monotonic() - started
         selection = None
         if not request.validate_only:
-            selection = self.engine.run(request, call, times)
-        answer = wire.encode(selection, request)
+            held = 0 if buffers else sum(array.nbytes for array in request.arrays)  # or they are the caller's own
+            with self.engine.admit(request, call, times, held=held) as place:
+                selection = place.run(request.problem)
+        return self.answer(selection, request, call, times, started)
+
+    def select_stream(self, messages: Iterator[wire.StreamMessage], call: Call) -> Stream:
+        """A stream of messages to be answered."""
+        return Stream(self, messages, call)
+
+    def answer(
+        self,
+        selection: Selection | None,
+        request: Request,
+        call: Call,
+        times: Times,
+        started: float,
+        large: wire.Large | None = None,
+    ) -> selection_pb2.SelectResponse:
+        """The answer. started: when the request came (time.monotonic). large: see wire.encode."""
+        answer = wire.encode(selection, request, large)
         answer.request_id = call.request_id
         total = time.monotonic() - started
         answer.info.CopyFrom(

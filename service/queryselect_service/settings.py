@@ -54,6 +54,9 @@ class Settings:
     idle_stream: float = setting(30.0, "silence after which a stream is aborted, seconds", low=0)
     max_queue: int = setting(64, "requests waiting for the device", low=0)
     queue_wait: float = setting(120.0, "longest wait for the device, seconds", low=0)
+    queue_ageing: float = setting(
+        10.0, "wait after which a request goes before shorter ones that came later, seconds", low=0
+    )
     drain_grace: float = setting(60.0, "time for running requests when the server stops, seconds", low=0)
 
     def __post_init__(self) -> None:

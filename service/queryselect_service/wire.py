@@ -16,7 +16,7 @@ import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -36,6 +36,7 @@ from queryselect_service.request import INPUTS, ROW_LISTS, Request
 from queryselect_service.settings import Settings
 from queryselect_service.spec import Spec
 from queryselect_service.strategy import PLUGINS, STRATEGIES, ScoreKind, Selection, Strategy, Task
+from queryselect_service.upload import Part
 
 if sys.byteorder != "little":
     raise ImportError("tensors travel little-endian, and this machine is not")
@@ -43,6 +44,8 @@ if sys.byteorder != "little":
 # Tensors here are views of bytes that nobody may write; kernels never write their inputs (tests/strategy_case.py).
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
+#: Tensors of an answer that are better sent apart from it, by path.
+Large = dict[str, Tensor]
 #: A tensor's bytes, flat or in shape, of the type its message says.
 Buffers = Mapping[str, np.ndarray[Any, Any]]
 
@@ -291,8 +294,11 @@ def _score_kind(kind: ScoreKind) -> strategy_pb2.ScoreKind.ValueType:
 # Answers
 
 
-def encode(selection: Selection | None, request: Request) -> selection_pb2.SelectResponse:
-    """The answer; without a selection (validate_only) what is known without one."""
+def encode(selection: Selection | None, request: Request, large: Large | None = None) -> selection_pb2.SelectResponse:
+    """The answer; without a selection (validate_only) what is known without one.
+
+    large: is given the tensors that are better sent apart, by path; None: all stand in the message.
+    """
     message = selection_pb2.SelectResponse(
         score_kind=_score_kind(request.strategy.score_kind), strategy=encode_strategy(request.strategy, request.spec)
     )
@@ -304,23 +310,24 @@ def encode(selection: Selection | None, request: Request) -> selection_pb2.Selec
             warning.rows.extend(notice.rows[:WARNING_ROWS].tolist())
     if selection is None:
         return message
-    message.indices.CopyFrom(encode_tensor(selection.indices))
-    message.scores.CopyFrom(encode_tensor(selection.scores))
-    message.stop_reason = selection_pb2.StopReason.Value(f"STOP_REASON_{selection.stop_reason}")
+    tensors = {"indices": selection.indices, "scores": selection.scores}
     if isinstance(request.ids, list):
         message.ids.strings.values.extend(request.ids[row] for row in selection.indices.tolist())
     elif request.ids is not None and request.ids.data is not None:
-        message.ids.integers.CopyFrom(encode_tensor(request.ids.data[selection.indices]))
+        tensors["ids.integers"] = request.ids.data[selection.indices]
     if selection.pool_scores is not None:
-        message.pool_scores.CopyFrom(encode_tensor(selection.pool_scores()))
+        tensors["pool_scores"] = selection.pool_scores()
+    message.stop_reason = selection_pb2.StopReason.Value(f"STOP_REASON_{selection.stop_reason}")
+    for path, tensor in tensors.items():
+        at = message.ids.integers if path == "ids.integers" else getattr(message, path)
+        at.dtype = NUMBERS[tensor.dtype]
+        at.shape.extend(tensor.shape)
+        if large is not None and tensor.nbytes > RECOMMENDED_CHUNK_BYTES:
+            at.streamed.SetInParent()
+            large[path] = tensor
+        else:
+            at.data = tensor.contiguous().numpy().tobytes()
     return message
-
-
-def encode_tensor(tensor: Tensor) -> tensor_pb2.Tensor:
-    """An inline tensor."""
-    return tensor_pb2.Tensor(
-        dtype=NUMBERS[tensor.dtype], shape=tensor.shape, data=tensor.contiguous().numpy().tobytes()
-    )
 
 
 def encode_info(
@@ -336,6 +343,7 @@ def encode_info(
         total=_duration(total),
         device=device,
         compute_dtype=NUMBERS[dtype],
+        peak_bytes=times.peak_bytes,
         version=version,
         seed=seed,
     )
@@ -345,6 +353,94 @@ def _duration(seconds: float) -> Duration:
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration
+
+
+# Streams
+
+StreamRequest = selection_pb2.SelectStreamRequest
+StreamResponse = selection_pb2.SelectStreamResponse
+#: A start, a chunk, or what this server does not know.
+StreamMessage = selection_pb2.SelectRequest | Part | StreamRequest
+
+
+def read_stream_request(data: bytes) -> StreamMessage:
+    """A message of SelectStream; a chunk's bytes are a view of `data`."""
+    part = _read_chunk(data)
+    if part is not None:
+        return part
+    message = StreamRequest.FromString(data)  # a start; or a chunk in an order of fields that our own client never has
+    if message.WhichOneof("message") == "chunk":
+        chunk = message.chunk
+        crc32 = chunk.crc32 if chunk.HasField("crc32") else None
+        return Part(chunk.path, chunk.offset, memoryview(chunk.data), crc32)
+    return message.start if message.HasField("start") else message
+
+
+#: The first bytes of fields: the chunk in a stream's message; path, offset, data and crc32 in the chunk.
+_CHUNK, _PATH, _OFFSET, _DATA, _CRC32 = 0x12, 0x0A, 0x10, 0x1A, 0x25
+
+
+def _read_chunk(data: bytes) -> Part | None:
+    """A chunk read by hand, each field once and nothing else; None: leave it to protobuf."""
+    try:
+        length, at = _varint(data, 1)
+        if data[0] != _CHUNK or at + length != len(data):
+            return None
+        fields: dict[int, Any] = {}
+        while at < len(data):
+            tag, at = data[at], at + 1
+            if tag in fields or tag not in (_PATH, _OFFSET, _DATA, _CRC32):
+                return None
+            if tag == _CRC32:
+                fields[tag], at = int.from_bytes(data[at : at + 4], "little"), at + 4
+                continue
+            value, at = _varint(data, at)
+            if tag == _OFFSET:
+                fields[tag] = value
+            else:
+                fields[tag], at = memoryview(data)[at : at + value], at + value
+        if at != len(data) or fields.get(_OFFSET, 0) >= 1 << 63:
+            return None
+        path = str(fields.get(_PATH, b""), "utf-8")
+    except (IndexError, UnicodeDecodeError):
+        return None
+    return Part(path, fields.get(_OFFSET, 0), fields.get(_DATA, memoryview(b"")), fields.get(_CRC32))
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number at a position, and the position after it. Raises IndexError where it does not end."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80 or shift > 63:
+            return value, at
+
+
+def encode_admitted(request_id: str, reserved: int) -> StreamResponse:
+    """The acknowledgement that chunks may come."""
+    return StreamResponse(
+        admitted=selection_pb2.Admitted(
+            request_id=request_id, reserved_bytes=reserved, recommended_chunk_bytes=RECOMMENDED_CHUNK_BYTES
+        )
+    )
+
+
+def encode_progress(phase: str, done: int, total: int | None) -> StreamResponse:
+    """How far a request is. phase: the name of a Phase."""
+    number = selection_pb2.Phase.Value(f"PHASE_{phase}")
+    return StreamResponse(progress=selection_pb2.Progress(phase=number, done=done, total=total))
+
+
+def encode_result(answer: selection_pb2.SelectResponse, large: Large) -> Iterator[StreamResponse]:
+    """The result, then the bytes of the tensors that are too large for it."""
+    yield StreamResponse(result=answer)
+    for path, tensor in large.items():
+        data = tensor.contiguous().numpy().reshape(-1).view(np.uint8)
+        for offset in range(0, len(data), RECOMMENDED_CHUNK_BYTES):
+            piece = data[offset : offset + RECOMMENDED_CHUNK_BYTES].tobytes()
+            yield StreamResponse(chunk=selection_pb2.Chunk(path=path, offset=offset, data=piece))
 
 
 def encode_limits(settings: Settings) -> server_pb2.Limits:

@@ -25,7 +25,6 @@ from queryselect import (
     TooLarge,
     Unsupported,
 )
-from queryselect._transport import INLINE_BYTES
 from queryselect.v1 import strategy_pb2
 from queryselect_service import strategy as strategies
 from tests.client.conftest import Slow
@@ -406,13 +405,6 @@ def test_closing_cancels_what_runs(address: str, slow: Slow) -> None:
 
 
 # Messages
-
-
-def test_what_fits_no_message_is_too_large_before_it_is_sent() -> None:
-    with Fake() as fake, Client(fake.target) as client:
-        with pytest.raises(TooLarge, match=str(INLINE_BYTES)):
-            client.select("k_center_greedy", 1, embeddings=np.zeros((INLINE_BYTES // 8 + 1, 1)))
-        assert not fake.requests
 
 
 def test_a_server_that_never_answers_holds_no_thread_longer_than_its_timeout() -> None:

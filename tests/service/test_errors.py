@@ -231,14 +231,6 @@ def test_an_unknown_strategy_is_answered_with_the_known_ones(channel):
     )
 
 
-def test_select_stream_is_not_served_yet(channel):
-    stub = selection_pb2_grpc.SelectionServiceStub(channel)
-    with pytest.raises(grpc.RpcError) as caught:
-        list(stub.SelectStream(iter([selection_pb2.SelectStreamRequest(start=request())])))
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert detail(rpc_status.from_call(caught.value), error_details_pb2.ErrorInfo).reason == "UNSUPPORTED"
-
-
 @pytest.mark.parametrize(
     "unread", [X, at(X, 3, 1, np.nan), np.ones((10, 2), np.int64)], ids=["good", "NaN", "integers"]
 )

@@ -1,0 +1,65 @@
+"""Rows of a stream are scored as they come, where a row's score depends on that row alone."""
+
+from __future__ import annotations
+
+import torch
+
+from queryselect_service.engine import POLL, Call, Place
+from queryselect_service.queue import Job
+from queryselect_service.request import Request
+from queryselect_service.strategy import score_block
+from queryselect_service.upload import WINDOW, Block, Upload
+
+
+class Scores:
+    """The scores of rows that are scored one by one, as their blocks become ready. values: (N,), once all are."""
+
+    def __init__(self, request: Request, place: Place, upload: Upload, device: torch.device) -> None:
+        self._request, self._place, self._upload, self._device = request, place, upload, device
+        self._job: Job[list[Block]] | None = None
+        self.values: torch.Tensor | None = None
+
+    def advance(self, call: Call) -> None:
+        """Has ready blocks scored; waits only where too many of them are ready."""
+        ready = self._upload.blocks.ready
+        if self._job is not None and (self._job.outcome.done() or len(ready) >= WINDOW // 2):
+            self._collect(call)
+        if ready and self._job is None:
+            blocks = [ready.popleft() for _ in range(len(ready))]
+            rows = sum(len(next(iter(block.tensors.values()))) for block in blocks)
+            sizes = self._request.sizes
+            work = 0.0 if self._request.validate_only else self._request.strategy.work(sizes) * rows / sizes.N
+            self._job = self._place.start(lambda: self._score(blocks), work)
+
+    def finish(self, call: Call) -> None:
+        """Waits until every row is scored."""
+        while self._job is not None or self._upload.blocks.ready:
+            if self._job is not None:
+                self._collect(call)
+            self.advance(call)
+
+    def _collect(self, call: Call) -> None:
+        assert self._job is not None  # only asked then
+        while not self._place.wait(self._job, POLL):
+            pass
+        call.check()
+        for block in self._job.outcome.result():
+            self._upload.blocks.give_back(block)
+        self._job = None
+
+    def _score(self, blocks: list[Block]) -> list[Block]:
+        """In the device's thread."""
+        request = self._request
+        if request.validate_only:
+            return blocks
+        if self.values is None:
+            self.values = torch.empty(request.size, dtype=torch.float64, device=self._device)
+        whole = {name: x for name in request.used if (x := request.inputs[name].data) is not None}
+        for block in blocks:
+            inputs = {name: x.to(self._device, non_blocking=True) for name, x in {**block.tensors, **whole}.items()}
+            first = next(iter(block.tensors.values()))
+            rows = slice(block.start, block.start + len(first))
+            self.values[rows] = score_block(request.strategy, inputs, request.spec, request.task)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the blocks' buffers will be written again
+        return blocks

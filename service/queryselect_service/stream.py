@@ -1,0 +1,180 @@
+"""One SelectStream: a start, chunks in, the answer out. Without gRPC: an iterator of messages in, one of messages out.
+
+Requirements that the design meets:
+
+- What can be refused is refused before the bytes travel: `admitted` says that they may.
+- The device is not held while bytes travel: a slow client would hold up everyone. A stream has its place and its memory
+  from the start, and joins the line for the device when its bytes are here.
+- A strategy that scores rows one by one scores them as they come, a few blocks per turn on the device.
+- Silence ends a stream; the server's own slowness does not count as silence.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from queryselect.v1 import selection_pb2
+from queryselect_service import wire
+from queryselect_service.engine import POLL, Call, Place, Times
+from queryselect_service.errors import Aborted, InvalidInput
+from queryselect_service.queue import Job
+from queryselect_service.scores import Scores
+from queryselect_service.strategy import Selection
+from queryselect_service.upload import Part, Upload, held_bytes, in_blocks
+
+if TYPE_CHECKING:
+    from queryselect_service.service import Service
+
+#: Messages that are read before they are asked for: what lets the next come while one is copied.
+READ_AHEAD = 2
+#: The least time between two messages of progress, in seconds.
+PROGRESS_EVERY = 0.2
+
+
+class Inbox:
+    """The client's messages, read by a thread of its own, so that silence and cancellation are noticed."""
+
+    def __init__(self, messages: Iterator[wire.StreamMessage]) -> None:
+        self._messages, self._waiting = messages, deque[wire.StreamMessage]()
+        self._changed, self._ended, self._closed = threading.Condition(), False, False
+        self._error: Exception | None = None
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            for message in self._messages:
+                with self._changed:
+                    self._changed.wait_for(lambda: len(self._waiting) < READ_AHEAD or self._closed)
+                    if self._closed:
+                        return
+                    self._waiting.append(message)
+                    del message
+                    self._changed.notify_all()
+        except Exception as error:  # noqa: BLE001  # whoever reads is told, or finds that the caller has gone
+            self._error = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Waits for a message or the end, at most so long; whether there is something to take."""
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self._waiting) or self._ended, seconds)
+
+    def take(self) -> wire.StreamMessage | None:
+        """The next message, after `wait`; None at the end. Raises what reading raised."""
+        with self._changed:
+            if self._waiting:
+                self._changed.notify_all()
+                return self._waiting.popleft()
+        if self._error is not None:
+            raise self._error
+        return None
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        with self._changed:
+            self._closed = True
+            self._waiting.clear()
+            self._changed.notify_all()
+
+
+class Stream:
+    """One SelectStream at work."""
+
+    def __init__(self, service: Service, messages: Iterator[wire.StreamMessage], call: Call) -> None:
+        self._service, self._call, self._times = service, call, Times()
+        self._started = time.monotonic()
+        self._inbox = Inbox(messages)
+        self._told = 0.0  # when progress was told last
+        self._step: tuple[int, int] | None = None  # of the selection: done, total
+        call.report = self._note
+
+    def close(self) -> None:
+        """Reads no more."""
+        self._inbox.close()
+
+    def start(self) -> selection_pb2.SelectRequest:
+        """The first message. Raises InvalidInput where it is no start."""
+        first = next((message for message in self._messages() if message is not None), None)
+        if not isinstance(first, selection_pb2.SelectRequest):
+            raise InvalidInput("a stream needs a start as its first message; it has another, or none", field="start")
+        return first
+
+    def run(self, start: selection_pb2.SelectRequest) -> Iterator[wire.StreamResponse]:
+        """What follows the start. Raises ServiceError."""
+        service, call, times = self._service, self._call, self._times
+        request = wire.decode(start, None, service.settings)
+        request.check(service.settings, call.check)
+        times.decode = time.monotonic() - self._started
+        blockwise = any(in_blocks(request, name) for name in request.used if request.inputs[name].data is None)
+        engine, selection = service.engine, None
+        with engine.admit(request, call, times, held=held_bytes(request), resident=not blockwise) as place:
+            upload = Upload(request, place.reserve, pinned=engine.device.type == "cuda")
+            scores = Scores(request, place, upload, engine.device) if blockwise else None
+            yield wire.encode_admitted(call.request_id, place.reserved)
+            yield from self._receive(upload, scores)
+            if not request.validate_only:
+                job = place.start_selection(lambda: request.problem(None if scores is None else scores.values))
+                yield from self._progress(place, job)
+                selection = job.outcome.result()
+            large: wire.Large = {}
+            answer = service.answer(selection, request, call, times, self._started, large)
+            yield from wire.encode_result(answer, large)
+
+    def _messages(self) -> Iterator[wire.StreamMessage | None]:
+        """The client's messages; None where none came for a while. Raises Aborted after too long a silence."""
+        silent, limit = time.monotonic(), self._service.settings.idle_stream
+        while True:
+            self._call.check()
+            if not self._inbox.wait(POLL):
+                if time.monotonic() - silent > limit:
+                    raise Aborted(f"the stream was silent for {limit:g} s")
+                yield None
+                continue
+            message = self._inbox.take()
+            if message is None:
+                return
+            yield message
+            silent = time.monotonic()  # what was done with the message is no silence
+
+    def _receive(self, upload: Upload, scores: Scores | None) -> Iterator[wire.StreamResponse]:
+        """Takes the chunks, and has rows scored as they come."""
+        began, total = time.monotonic(), upload.total
+        for message in self._messages():
+            if isinstance(message, Part):
+                upload.write(message)
+            elif message is not None:
+                raise InvalidInput("a stream has one start and then chunks; it has another message", field="start")
+            if scores is not None:
+                scores.advance(self._call)
+            if self._may_tell():
+                yield wire.encode_progress("RECEIVING", upload.received, total)
+        upload.finish()
+        self._times.receive = time.monotonic() - began
+        if scores is not None:
+            scores.finish(self._call)
+
+    def _progress(self, place: Place, job: Job[Selection]) -> Iterator[wire.StreamResponse]:
+        """Tells how far the selection is until it has ended."""
+        while not place.wait(job, PROGRESS_EVERY):
+            if self._step is not None:
+                yield wire.encode_progress("SELECTING", *self._step)
+            elif not job.begun:
+                yield wire.encode_progress("QUEUED", place.ahead(job), None)
+
+    def _note(self, done: int, total: int) -> None:
+        """Called from the device's thread."""
+        self._step = (done, total)
+
+    def _may_tell(self) -> bool:
+        now = time.monotonic()
+        if now - self._told < PROGRESS_EVERY:
+            return False
+        self._told = now
+        return True

@@ -1,0 +1,283 @@
+"""The chunks of a stream become tensors.
+
+Requirements that the design meets:
+
+- Chunks may come in any size and any order; none may overlap, and none may be missing in the end.
+- One buffer per tensor, made before the first byte comes: a chunk's bytes are copied once, to where they belong.
+- Rows of a strategy that scores them one by one go into blocks instead, which are handed out when they are full and
+  used again: the pool is never held. Blocks that chunks out of order leave half full count as memory like any other.
+- Values are checked as they come, in the order of the rows; a list of rows must be here before the first row is looked
+  at, because excluded rows may hold anything.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from queryselect_service.checks import Array, elements
+from queryselect_service.errors import DataLoss, InvalidInput
+from queryselect_service.request import Request
+from queryselect_service.strategy import block_rows
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+#: Blocks of rows that an upload in order needs at the most: arriving, ready, and being scored.
+WINDOW = 8
+#: Rows whose values are checked at once.
+CHECK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Part:
+    """A chunk as it came: the tensor's path, the position of the first byte, the bytes, and their CRC-32 if sent."""
+
+    path: str
+    offset: int
+    data: memoryview
+    crc32: int | None = None
+
+
+class Coverage:
+    """Which bytes of a tensor are here: stretches without overlap, in order."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+        self.total = 0
+
+    def add(self, start: int, stop: int) -> bool:
+        """Notes [start, stop). False, and nothing noted, where some of it is here already."""
+        at = bisect_right(self._starts, start)
+        before = self._stops[at - 1] if at else -1  # where the stretch before it ends
+        after = self._starts[at] if at < len(self._starts) else math.inf  # and the one after it begins
+        if before > start or after < stop:
+            return False
+        self.total += stop - start
+        joins_before, joins_after = before == start, after == stop
+        if joins_before and joins_after:
+            self._stops[at - 1] = self._stops.pop(at)
+            del self._starts[at]
+        elif joins_before:
+            self._stops[at - 1] = stop
+        elif joins_after:
+            self._starts[at] = start
+        else:
+            self._starts.insert(at, start)
+            self._stops.insert(at, stop)
+        return True
+
+    @property
+    def prefix(self) -> int:
+        """The number of bytes at the beginning that are here without a gap."""
+        return self._stops[0] if self._starts and self._starts[0] == 0 else 0
+
+
+class Upload:
+    """The tensors of one stream that are still to come."""
+
+    def __init__(self, request: Request, reserve: Callable[[int], None], *, pinned: bool = False) -> None:
+        """reserve: sets more memory aside; may raise. pinned: whether buffers are to be page-locked, for a GPU."""
+        self._request = request
+        self._expected = {array.path: array for array in request.arrays if array.data is None}
+        self._coverage = {path: Coverage() for path in self._expected}
+        names = [name for name in request.used if request.inputs[name].path in self._expected]
+        by_block = [name for name in names if in_blocks(request, name)]
+        self.blocks = Blocks({name: request.inputs[name] for name in by_block}, request.size, reserve, pinned=pinned)
+        self._names = {request.inputs[name].path: name for name in names}
+        unread = {request.inputs[name].path for name in request.inputs if name not in request.used}
+        apart = {request.inputs[name].path for name in by_block}
+        self._buffers = {
+            path: _bytes(array.nbytes, pinned=pinned)
+            for path, array in self._expected.items()
+            if path not in unread | apart
+        }
+        # What must be here before rows can be looked at: lists of rows, and inputs that are not per row.
+        per_row = {request.inputs[name].path for name in names if request.per_row(name)}
+        self._first = {path for path in self._buffers if path not in per_row and path != "pool.ids.integers"}
+        self._checked = dict.fromkeys(per_row & {*self._buffers}, 0)  # rows whose values were looked at
+
+        for path, array in self._expected.items():
+            if not array.nbytes:
+                self._complete(path)
+
+    @property
+    def total(self) -> int:
+        """The bytes that will come."""
+        return sum(array.nbytes for array in self._expected.values())
+
+    @property
+    def received(self) -> int:
+        """The bytes that have come."""
+        return sum(each.total for each in self._coverage.values())
+
+    def write(self, part: Part) -> None:
+        """Takes a chunk. Raises InvalidInput where it can't belong here, DataLoss where its bytes were changed."""
+        array, size = self._expected.get(part.path), len(part.data)
+        if array is None:
+            known = ", ".join(self._expected) or "none"
+            raise InvalidInput(f"there is a chunk of {part.path!r}; streamed are: {known}", field=part.path)
+        stop = part.offset + size
+        if part.offset < 0 or stop > array.nbytes:
+            raise InvalidInput(
+                f"{part.path} has {array.nbytes} bytes; there is a chunk of bytes {part.offset} to {stop}",
+                field=part.path,
+            )
+        if part.crc32 is not None and zlib.crc32(part.data) != part.crc32:
+            raise DataLoss(f"bytes {part.offset} to {stop} of {part.path} changed on their way: the CRC-32 is another")
+        if not size:
+            return
+        if not self._coverage[part.path].add(part.offset, stop):
+            raise InvalidInput(f"bytes {part.offset} to {stop} of {part.path} came before", field=part.path)
+        data = np.frombuffer(part.data, np.uint8)
+        if part.path in self._buffers:
+            self._buffers[part.path][part.offset : stop] = data
+            if self._coverage[part.path].total == array.nbytes:
+                self._complete(part.path)
+        elif part.path in self._names:
+            self.blocks.write(self._names[part.path], part.offset, data)
+        self._check()
+
+    def finish(self) -> None:
+        """The client has sent everything. Raises DataLoss where something is missing."""
+        for path, array in self._expected.items():
+            missing = array.nbytes - self._coverage[path].total
+            if missing:
+                raise DataLoss(f"{missing} of {array.nbytes} bytes of {path} did not come")
+
+    def _complete(self, path: str) -> None:
+        """A tensor that is held as a whole is here."""
+        array, buffer = self._expected[path], self._buffers.get(path)
+        if buffer is None:
+            return
+        array.data = elements(path, buffer, array.dtype, array.shape)
+        if path in self._first:
+            self._first.remove(path)
+            if path in self._names:
+                self._request.check_values(self._names[path], array.data, 0)
+            else:
+                self._request.check_rows()
+
+    def _check(self) -> None:
+        """Looks at the values of rows that are complete, in order, and hands out full blocks."""
+        if self._first:
+            return
+        for path, checked in self._checked.items():
+            array, name = self._expected[path], self._names[path]
+            rows = self._coverage[path].prefix // _row_bytes(array)
+            if rows < array.shape[0]:
+                rows -= rows % CHECK_ROWS
+            if rows > checked:
+                span = slice(checked * _row_bytes(array), rows * _row_bytes(array))
+                data = elements(path, self._buffers[path][span], array.dtype, (rows - checked, *array.shape[1:]))
+                self._request.check_values(name, data, checked)
+                self._checked[path] = rows
+        while self.blocks.full:
+            block = self.blocks.full.popleft()
+            for name, data in block.tensors.items():
+                self._request.check_values(name, data, block.start)
+            self.blocks.ready.append(block)
+
+
+def in_blocks(request: Request, name: str) -> bool:
+    """Whether a streamed input is looked at block by block and never held."""
+    return request.per_row(name) and (request.strategy.pointwise or request.validate_only)
+
+
+def held_bytes(request: Request) -> int:
+    """The host memory of a request's tensors while they come and after, in bytes, if their chunks come in order."""
+    held, row, widest = 0, 0, 1
+    for array in request.arrays:
+        name = array.path.removeprefix("pool.")
+        if name in request.inputs and array.data is None and name not in request.used:
+            continue  # nobody reads it: dropped as it comes
+        if name in request.inputs and array.data is None and in_blocks(request, name):
+            row += _row_bytes(array)
+            widest = max(widest, _row_bytes(array) // array.dtype.itemsize)
+        else:
+            held += array.nbytes
+    return held + WINDOW * block_rows(widest) * row
+
+
+@dataclass
+class Block:
+    """Rows of a pool, from row `start` on: (b, ...) tensors by input. left: bytes still to come."""
+
+    start: int
+    buffers: dict[str, Bytes]
+    left: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Blocks:
+    """Rows on their way, in blocks of the size that is scored at once. full: not looked at yet; ready: to be scored."""
+
+    def __init__(self, arrays: dict[str, Array], size: int, reserve: Callable[[int], None], *, pinned: bool) -> None:
+        self._arrays, self._size, self._reserve, self._pinned = arrays, size, reserve, pinned
+        self._row_bytes = {name: _row_bytes(array) for name, array in arrays.items()}
+        entries = (_row_bytes(array) // array.dtype.itemsize for array in arrays.values())
+        self.rows = block_rows(max(entries, default=1))
+        self.full: deque[Block] = deque()
+        self.ready: deque[Block] = deque()
+        self._open: dict[int, Block] = {}
+        self._free: list[dict[str, Bytes]] = []
+        self._alive, self._allowed = 0, WINDOW
+
+    def write(self, name: str, offset: int, data: Bytes) -> None:
+        """Takes bytes of an input. Raises what `reserve` raises where they are too far out of order."""
+        width = self._row_bytes[name] * self.rows
+        while len(data):
+            number, at = divmod(offset, width)
+            block = self._open.get(number) or self._begin(number)
+            some = data[: width - at]
+            block.buffers[name][at : at + len(some)] = some
+            block.left -= len(some)
+            if not block.left:
+                self._end(self._open.pop(number))
+            data, offset = data[len(some) :], offset + len(some)
+
+    def give_back(self, block: Block) -> None:
+        """The block's rows are scored; its buffers may be used again."""
+        self._alive -= 1
+        self._free.append(block.buffers)
+
+    def _begin(self, number: int) -> Block:
+        if self._alive == self._allowed:
+            self._reserve(self.rows * sum(self._row_bytes.values()))
+            self._allowed += 1
+        buffers = (
+            self._free.pop()
+            if self._free
+            else {name: _bytes(self.rows * each, pinned=self._pinned) for name, each in self._row_bytes.items()}
+        )
+        start = number * self.rows
+        rows = min(self.rows, self._size - start)
+        self._alive += 1
+        self._open[number] = block = Block(start, buffers, rows * sum(self._row_bytes.values()))
+        return block
+
+    def _end(self, block: Block) -> None:
+        rows = min(self.rows, self._size - block.start)
+        for name, array in self._arrays.items():
+            used = block.buffers[name][: rows * self._row_bytes[name]]
+            block.tensors[name] = elements(array.path, used, array.dtype, (rows, *array.shape[1:]))
+        self.full.append(block)
+
+
+def _row_bytes(array: Array) -> int:
+    return array.nbytes // array.shape[0]
+
+
+def _bytes(size: int, *, pinned: bool) -> Bytes:
+    if pinned:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return np.empty(size, np.uint8)
