@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: help demo test check lint types format proto release-proto slow clean
+.PHONY: help demo test check lint types format proto release-proto slow bench-service clean
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -55,6 +55,9 @@ release-proto: ## Keeps the proto image of this release, for the breaking check
 
 slow: .venv/.dev ## What needs other tools or time
 	$(BIN)/python -m pytest -m slow
+
+bench-service: .venv/.demo ## How fast a pool gets to the server, against a plain TCP connection
+	$(BIN)/python -m benchmarks.transport
 
 clean: ## Removes what make made
 	rm -rf .venv .venv-proto demo/report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -210,7 +210,7 @@ class Place:
         job = self.start_selection(problem)
         while not self.wait(job, 1.0):
             pass
-        return job.outcome.result()
+        return self.result(job)
 
     def start_selection(self, problem: Callable[[], Problem]) -> Job[Selection]:
         """Puts the selection itself in the line."""
@@ -254,6 +254,11 @@ class Place:
             if time.monotonic() >= until:
                 return False
 
+    def result(self, job: Job[Result]) -> Result:
+        """What the job returned; raises what it raised. It has ended."""
+        self._job = None
+        return job.result()
+
     def ahead(self, job: Job[Any]) -> int:
         """How many jobs stand between this one and the device."""
         return self._engine.queue.ahead(job)
@@ -281,8 +286,8 @@ class Place:
         except (MemoryError, RuntimeError) as error:
             if not _ran_out(error):
                 raise
-            traceback.clear_frames(error.__traceback__)  # they hold the very tensors that filled the memory
             if cuda:
+                traceback.clear_frames(error.__traceback__)  # they hold the very tensors that filled the memory
                 torch.cuda.empty_cache()
             message = f"{self._engine.device} is out of memory; its caches are empty now"
             raise OutOfMemory(message, retry_after=RETRY_AFTER) from None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
@@ -32,6 +33,18 @@ class Job(Generic[Result]):
         self.outcome: Future[Result] = Future()
         self._work: Callable[[], Result] | None = work
 
+    def result(self) -> Result:
+        """What the work returned; raises what it raised. Once, after it has ended.
+
+        The job forgets it: an error and a job that hold each other, by the frames that the error came through, would
+        keep every tensor in those frames until the garbage collector comes by.
+        """
+        outcome, self.outcome = self.outcome, Future()
+        try:
+            return outcome.result()
+        finally:
+            del outcome
+
     def drop(self) -> None:
         """Lets go of the work, which nobody wants any more."""
         self._work = None
@@ -44,6 +57,8 @@ class Job(Generic[Result]):
         try:
             result = work()
         except BaseException as error:  # noqa: BLE001  # handed to whoever asks for the outcome
+            del work
+            traceback.clear_frames(error.__traceback__)  # they hold tensors, and would for as long as the error lives
             self.outcome.set_exception(error)
         else:
             self.outcome.set_result(result)

@@ -141,6 +141,7 @@ class Request:
             k=self.max_items or 0,
             item=max((array.dtype.itemsize for array in used), default=8),
             inputs=sum(array.nbytes for array in used),
+            multilabel=self.task is Task.MULTILABEL,
         )
 
     @property

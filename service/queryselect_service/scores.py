@@ -43,7 +43,7 @@ class Scores:
         while not self._place.wait(self._job, POLL):
             pass
         call.check()
-        for block in self._job.outcome.result():
+        for block in self._place.result(self._job):
             self._upload.blocks.give_back(block)
         self._job = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -122,6 +123,7 @@ class Frontend:
             retry_after = error.retry_after if isinstance(error, ServiceError) else None
             abortion = status.to_grpc(status.from_exception(error), call.request_id, retry_after)
             code = abortion.code
+            traceback.clear_frames(error.__traceback__)  # they hold the request's tensors, in a circle with the error
             context.abort_with_status(abortion)  # raises, which ends the RPC
         finally:
             seconds = time.monotonic() - started

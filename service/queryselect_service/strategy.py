@@ -31,8 +31,9 @@ from queryselect_service.spec import LabelScore, Spec
 POINTWISE_ROWS = 4096
 #: Fewer where a row has so many entries that a block would have more than this: a block must not take long, nor much.
 POINTWISE_ENTRIES = 1 << 20
-#: Bytes per row that scores and their ranking take (Whole.top): the scores, the candidates' rows and scores, a mask.
-RANKING_BYTES = 40
+#: Bytes that scores and their ranking take (Whole.top), per row and per pick: the scores, the candidates' rows and
+#: scores, what finding the k highest of them takes.
+RANKING_BYTES, PICK_BYTES = 44, 28
 
 #: Inputs that may stand in for another; the service derives the one from the other.
 ALTERNATIVES = {"probabilities": ("logits",)}
@@ -126,6 +127,7 @@ class Sizes:
     """What the cost of a selection follows from: the letters (0 where the request has none), and bytes.
 
     L: rows that count as labelled. k: picks. item: bytes of an entry of the widest input. inputs: bytes of all inputs.
+    multilabel: whether every probability becomes two.
     """
 
     N: int = 0
@@ -137,6 +139,7 @@ class Sizes:
     k: int = 0
     item: int = 8
     inputs: int = 0
+    multilabel: bool = False
 
 
 def _unknown_memory(sizes: Sizes) -> int:
@@ -239,7 +242,7 @@ def pointwise(
     *,
     cost: str,
     citation: str,
-    copies: int = 6,
+    copies: int = 7,
     tasks: tuple[Task, ...] = (Task.MULTICLASS, Task.MULTILABEL),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a kernel that scores each row by itself: inputs of a block of rows in, scores out, float64.
@@ -248,13 +251,14 @@ def pointwise(
     (n, L, 2) for label absent and present. The kernel reduces the last axis; scores (n, L) are then aggregated over
     labels where the Spec is a LabelScore. Inputs without an N in their shape come whole. `spec` comes if asked for.
 
-    copies: how many float64 copies of a block are alive at once, the one that it is given included.
+    copies: how many float64 copies of a block may take memory at once: those alive, and what the allocator keeps.
     """
 
     def memory(sizes: Sizes) -> int:
         entries = max(1, sizes.inputs // sizes.item // max(1, sizes.N))  # of a row
         block = block_rows(entries) * entries
-        return 8 * copies * min(block, sizes.N * entries) + RANKING_BYTES * sizes.N
+        block = min(block, sizes.N * entries) * (2 if sizes.multilabel else 1)
+        return 8 * copies * block + RANKING_BYTES * sizes.N + PICK_BYTES * sizes.k
 
     return strategy(
         spec,

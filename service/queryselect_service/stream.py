@@ -122,7 +122,7 @@ class Stream:
             if not request.validate_only:
                 job = place.start_selection(lambda: request.problem(None if scores is None else scores.values))
                 yield from self._progress(place, job)
-                selection = job.outcome.result()
+                selection = place.result(job)
             large: wire.Large = {}
             answer = service.answer(selection, request, call, times, self._started, large)
             yield from wire.encode_result(answer, large)

@@ -1,0 +1,52 @@
+"""What a benchmark ran on, and what a process used. Linux only: it reads /proc."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+MB = 1e6
+
+
+def describe() -> dict[str, str]:
+    """The machine and the versions that a result depends on."""
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": unknown")
+    return {
+        "cpu": cpu.partition(":")[2].strip(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB",
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("queryselect", "grpcio", "protobuf", "torch", "numpy")},
+    }
+
+
+class Usage:
+    """What a process uses from now on: CPU seconds, and the most memory beyond what it has now, in MB."""
+
+    def __init__(self, pid: int) -> None:
+        self._path = Path(f"/proc/{pid}")
+        (self._path / "clear_refs").write_text("5")  # the peak starts anew
+        self._before, self._cpu = self._status("VmRSS"), self._seconds()
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds of all threads, in user and in system mode."""
+        return self._seconds() - self._cpu
+
+    @property
+    def peak(self) -> float:
+        """The most resident memory since, less what there was, in MB."""
+        return self._status("VmHWM") - self._before
+
+    def _seconds(self) -> float:
+        fields = (self._path / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _status(self, name: str) -> float:
+        for line in (self._path / "status").read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024 / MB
+        raise KeyError(name)

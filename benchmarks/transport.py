@@ -1,0 +1,228 @@
+"""How fast a pool gets to the server, and what that costs: `make bench-service`.
+
+One run measures, in alternation: a plain TCP connection over the loopback (into memory that is kept, as an upload is,
+and into one small buffer again and again), the client's stream, and a unary call beside it; the server's peak memory
+and its CPU seconds per GB; then `k_center_greedy` on a million rows by stream, and how soon a cancelled one stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.machine import MB, Usage, describe
+from queryselect import Cancelled, Client
+from queryselect.v1 import selection_pb2, selection_pb2_grpc, tensor_pb2
+
+DIMS = 384
+BLOCK = 1 << 20
+QUIETLY = ("--port", "0", "--metrics-port", "-1", "--log-level", "WARNING")
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, float]
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[tuple[int, int]]:
+    """A Python process of its own that prints its port; gives its pid and the port."""
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout is not None  # asked for above
+            line = running.stdout.readline()
+            if not line:
+                raise RuntimeError(f"{' '.join(arguments)} did not start")
+            yield running.pid, int(line.split(",")[0].rpartition(":")[2])
+        finally:
+            running.terminate()
+
+
+def receive_tcp() -> None:
+    """The other end of the TCP connections. The first 9 bytes: whether to keep what follows, and how much it is."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(f"127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            head = connection.recv(9, socket.MSG_WAITALL)
+            keep, size = head[:1] == b"k", int.from_bytes(head[1:], "little")
+            buffer = memoryview(np.empty(size if keep else BLOCK, np.uint8).data)
+            at = 0
+            while size:
+                got = connection.recv_into(buffer[at : at + BLOCK] if keep else buffer, min(BLOCK, size))
+                if not got:
+                    break
+                at, size = at + got, size - got
+            connection.send(b"!")
+            del buffer
+
+
+def tcp(port: int, pool: np.ndarray[Any, Any], *, keep: bool) -> float:
+    """Seconds until the receiver has everything."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        started = time.perf_counter()
+        connection.sendall((b"k" if keep else b"d") + pool.nbytes.to_bytes(8, "little"))
+        connection.sendall(pool.reshape(-1).view(np.uint8).data)
+        connection.recv(1)
+        return time.perf_counter() - started
+
+
+def stream(client: Client, pool: np.ndarray[Any, Any]) -> float:
+    """Seconds from `admitted` to the last byte in its place, its value checked: the server's own measure."""
+    return client.select("custom", 1, params={"name": "hold"}, embeddings=pool).info.receive
+
+
+def unary(stub: selection_pb2_grpc.SelectionServiceStub, pool: np.ndarray[Any, Any]) -> float:
+    """Seconds of the whole call: nobody can say when the bytes have come."""
+    request = selection_pb2.SelectRequest()
+    request.strategy.custom.name = "hold"
+    request.stop.max_items = 1
+    tensor = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_F32, shape=pool.shape, data=pool.tobytes())
+    request.pool.embeddings.CopyFrom(tensor)
+    del tensor
+    started = time.perf_counter()
+    stub.Select(request)
+    return time.perf_counter() - started
+
+
+def transport(gigabytes: float, rounds: int) -> dict[str, Row]:
+    """Rate, CPU and memory of every way, medians over the rounds."""
+    rows = int(gigabytes * 1e9 / DIMS / 4)
+    pool = np.random.default_rng(0).standard_normal((rows, DIMS), np.float32)
+    half = (pool.view(np.uint32) >> 16).astype(np.uint16).view(np.float16)  # any two bytes will do, but no NaN
+    half = np.nan_to_num(half, nan=0.0, posinf=0.0, neginf=0.0)
+    size = pool.nbytes / 1e9
+    inline = str(pool.nbytes + (64 << 20))
+    seen: dict[str, list[Row]] = defaultdict(list)
+    with (
+        process("-c", "from benchmarks.transport import receive_tcp; receive_tcp()") as (tcp_pid, tcp_port),
+        process("-m", "benchmarks.server", *QUIETLY, "--max-inline-bytes", inline) as (pid, port),
+        Client(f"127.0.0.1:{port}") as client,
+        grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.max_send_message_length", -1)]) as channel,
+    ):
+        stub = selection_pb2_grpc.SelectionServiceStub(channel)
+        ways: dict[str, tuple[int, Callable[[], float], float]] = {
+            "raw TCP, kept": (tcp_pid, lambda: tcp(tcp_port, pool, keep=True), size),
+            "raw TCP, dropped": (tcp_pid, lambda: tcp(tcp_port, pool, keep=False), size),
+            "stream": (pid, lambda: stream(client, pool), size),
+            "stream, 16 bits": (pid, lambda: stream(client, half), size / 2),
+            "unary": (pid, lambda: unary(stub, pool), size),
+        }
+        for _ in tqdm(range(rounds), desc="rounds", unit=""):
+            for name, (watched, way, sent) in ways.items():
+                usage, own = Usage(watched), time.process_time()
+                seconds = way()
+                seen[name].append(
+                    {
+                        "GB/s": sent / seconds,
+                        "receiver CPU s/GB": usage.cpu / sent,
+                        "sender CPU s/GB": (time.process_time() - own) / sent,
+                        "receiver peak MB": usage.peak,
+                        "payload MB": sent * 1e3,
+                    }
+                )
+    return {name: {key: statistics.median(row[key] for row in each) for key in each[0]} for name, each in seen.items()}
+
+
+def large(rows: int, budget: int) -> Row:
+    """`k_center_greedy` by stream: time and memory; and the time in which a cancelled one stops."""
+    pool = np.random.default_rng(0).standard_normal((rows, DIMS), np.float32)
+    with (
+        process("-m", "queryselect_service", *QUIETLY) as (pid, port),
+        Client(f"127.0.0.1:{port}") as client,
+    ):
+        usage = Usage(pid)
+        started = time.perf_counter()
+        picks = client.select("k_center_greedy", budget, embeddings=pool, progress=True)
+        seconds = time.perf_counter() - started
+        found = {
+            "rows": rows,
+            "budget": budget,
+            "seconds": seconds,
+            "receive s": picks.info.receive,
+            "kernel s": picks.info.kernel,
+            "server peak MB": usage.peak,
+            "payload MB": pool.nbytes / MB,
+        }
+        stopped = [_cancel(client, pid, pool) for _ in tqdm(range(5), desc="cancelled", unit="")]
+        return {**found, "cancel to idle ms, worst of 5": 1e3 * max(stopped)}
+
+
+def _cancel(client: Client, pid: int, pool: np.ndarray[Any, Any]) -> float:
+    """Seconds from cancel() in the middle of the kernel until the server's process does nothing any more."""
+    selecting = threading.Event()
+
+    def note(phase: str, done: int, _: int | None) -> None:
+        if phase == "selecting" and done > 0:
+            selecting.set()
+
+    job = client.submit("k_center_greedy", 1000, embeddings=pool, progress=note)
+    if not selecting.wait(120):
+        raise RuntimeError("the selection did not begin within 120 s")
+    started = time.perf_counter()
+    job.cancel()
+    last, usage = started, Usage(pid)
+    while time.perf_counter() - last < 0.5:  # quiet for half a second
+        before = usage.cpu
+        time.sleep(0.01)
+        if usage.cpu > before:
+            last = time.perf_counter()
+    try:
+        job.result()
+    except Cancelled:
+        return last - started
+    raise RuntimeError("the selection was over before it was cancelled")
+
+
+def show(ways: dict[str, Row], found: Row | None) -> str:
+    """The tables, for people."""
+    columns = list(next(iter(ways.values())))
+    lines = [f"{'':18}" + "".join(f"{name:>20}" for name in columns)]
+    lines += [f"{name:18}" + "".join(f"{row[key]:20.2f}" for key in columns) for name, row in ways.items()]
+    rate = ways["stream"]["GB/s"]
+    lines += [""] + [
+        f"stream / {name}: {rate / ways[name]['GB/s']:.2f}" for name in ("raw TCP, kept", "raw TCP, dropped", "unary")
+    ]
+    over = ways["stream"]["receiver peak MB"] - ways["stream"]["payload MB"]
+    lines.append(f"server's peak memory over the payload: {over:.0f} MB")
+    if found:
+        lines += ["", *(f"{key:30}{value:14.2f}" for key, value in found.items())]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs, prints, and keeps the result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.transport", description=__doc__.partition("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="payload (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of k_center_greedy; 0: not at all")
+    parser.add_argument("--budget", type=int, default=100, help="of k_center_greedy (default %(default)s)")
+    chosen = parser.parse_args()
+    ways = transport(chosen.gigabytes, chosen.rounds)
+    found = large(chosen.rows, chosen.budget) if chosen.rows else None
+    print(show(ways, found))
+    RESULTS.mkdir(exist_ok=True)
+    result = {"date": datetime.now(UTC).date().isoformat(), "machine": describe(), "ways": ways, "large": found}
+    path = RESULTS / f"transport-{os.uname().machine}-{os.cpu_count()}-cores.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"kept in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+if __name__ == "__main__":
+    main()
