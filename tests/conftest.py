@@ -1,4 +1,6 @@
-"""What every test may ask for: a server on a free port of the loopback, and clients to it and to this process."""
+"""What every test may ask for: a server on a free port of the loopback, clients to it and to this process, processes
+with slices of the rows.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import pytest
 
 from queryselect import Client
 from queryselect_service import server
+from queryselect_service import strategy as strategies
 from queryselect_service.settings import Settings
+from tests.slices import Processes
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +39,15 @@ def remote(target: str) -> Iterator[Client]:
 def local() -> Iterator[Client]:
     with Client("local:") as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def slices() -> Iterator[Processes]:
+    """Three processes for the whole session, started by the first work they get."""
+    strategies.load()
+    processes = Processes()
+    yield processes
+    processes.close()
 
 
 @pytest.fixture

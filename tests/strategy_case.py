@@ -24,9 +24,19 @@ from queryselect import Client, InvalidInput, Picks
 from queryselect_service import strategy as strategies
 from queryselect_service.shards import Whole
 from queryselect_service.spec import build
+from tests.slices import Processes, Selected, selected
 
 ROWS = 30
 Inputs = dict[str, np.ndarray]
+#: What may stand in a request's lists, by name.
+LISTS = {
+    "cold": {},
+    "labeled": {"labeled": [0, 3, 4]},
+    "pending": {"labeled": [2], "pending": [9, 1]},
+    "candidates": {"labeled": [5, 6], "candidates": [5, *range(8, 20)]},
+}
+#: Where 1, 2 and 3 processes cut the rows: unevenly, so that some slices have no candidate and some no context.
+CUTS = [[0, ROWS], [0, 11, ROWS], [0, 4, 21, ROWS]]
 
 
 def coarsely(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -37,6 +47,22 @@ def coarsely(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return tensor
 
 
+def assert_promised(whole: Selected, sliced: Selected, tolerance: float) -> None:
+    """Where the rows lie changes no pick, except from the first step at which the two best scores are as good as equal.
+
+    Up to there scores agree too. tolerance: the relative difference below which two scores are as good as equal.
+    """
+    assert len(sliced.indices) == len(whole.indices)
+    for ours, theirs, score, their_score in zip(
+        whole.indices, sliced.indices, whole.scores, sliced.scores, strict=True
+    ):
+        apart = abs(score - their_score) / max(abs(score), abs(their_score), np.finfo(float).tiny)
+        assert apart < tolerance, f"row {ours} has {score} in the whole pool, row {theirs} has {their_score} in slices"
+        if ours != theirs:
+            return  # from here on the two may go their own ways
+    assert sliced.notices == whole.notices
+
+
 class StrategyCase:
     """Inherit, and give name, make and oracle."""
 
@@ -44,6 +70,7 @@ class StrategyCase:
     params: dict[str, Any] = {}
     options: dict[str, Any] = {}  # more keywords of select, such as task
     tolerance = 1e-9
+    slice_tolerance = 1e-9  # 1e-5 for strategies that do not score their leaders again in float64
 
     def make(self, rng: np.random.Generator) -> Inputs:
         """Inputs of ROWS rows in float64, without ties."""
@@ -86,19 +113,29 @@ class StrategyCase:
                 coarse[name] = coarsely(x, dtype)
         return coarse
 
+    def whole_and_sliced(
+        self, slices: Processes, cuts: list[int], inputs: dict[str, torch.Tensor], k: int, **lists: list[int]
+    ) -> tuple[Selected, Selected]:
+        """The picks from one tensor and from slices of it, [cuts[i], cuts[i + 1]) each."""
+        context = torch.tensor(sorted({*lists.get("labeled", ()), *lists.get("pending", ())}), dtype=torch.int64)
+        candidates = torch.zeros(ROWS, dtype=torch.bool)
+        candidates[lists.get("candidates", np.setdiff1d(np.arange(ROWS), context))] = True
+        options = {
+            "k": k,
+            "context": context,
+            "candidates": candidates,
+            "spec": build(self.strategy.spec, self.params),
+            "task": strategies.Task(self.options.get("task", "MULTICLASS")),
+            "seed": 3,
+        }
+        with torch.inference_mode():
+            whole = selected(strategies.select(self.strategy, inputs, pool=Whole(ROWS), **options))
+        return whole, slices.select(self.name, inputs, cuts, **options)
+
     # The properties.
 
     @pytest.mark.parametrize("seed", range(3))
-    @pytest.mark.parametrize(
-        "lists",
-        [
-            {},
-            {"labeled": [0, 3, 4]},
-            {"labeled": [2], "pending": [9, 1]},
-            {"labeled": [5, 6], "candidates": [5, *range(8, 20)]},
-        ],
-        ids=["cold", "labeled", "pending", "candidates"],
-    )
+    @pytest.mark.parametrize("lists", LISTS.values(), ids=LISTS)
     def test_picks_and_scores_are_those_of_brute_force(self, local, seed, lists):
         inputs = self.inputs(seed)
         context = np.array(sorted({*lists.get("labeled", ()), *lists.get("pending", ())}), dtype=int)
@@ -228,6 +265,27 @@ class StrategyCase:
         assert here.strategy == served.strategy
         if self.strategy.pool_scores:
             assert here.pool_scores.tolist() == served.pool_scores.tolist()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("cuts", CUTS, ids=str)
+    def test_slices_pick_what_the_whole_pool_picks(self, slices, cuts, dtype):
+        inputs = {name: torch.from_numpy(x) for name, x in self.inputs().items()}
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        for lists in ("cold", "pending", "candidates"):
+            whole, sliced = self.whole_and_sliced(slices, cuts, inputs, 6, **LISTS[lists])
+            assert_promised(whole, sliced, self.slice_tolerance)
+            if whole.pool_scores is not None:
+                np.testing.assert_allclose(sliced.pool_scores, whole.pool_scores, rtol=self.slice_tolerance, atol=1e-12)
+
+    @pytest.mark.parametrize("cuts", [*CUTS[1:], [0, 0, 22, ROWS]], ids=str)
+    def test_exact_ties_go_to_the_lowest_row_of_all_slices(self, slices, cuts):
+        for different, lists in ((1, {}), (1, {"labeled": [2]}), (5, {"labeled": [2]})):
+            rows = self.take(self.inputs(), np.arange(ROWS) % different)
+            inputs = {name: torch.from_numpy(x) for name, x in rows.items()}
+            whole, sliced = self.whole_and_sliced(slices, cuts, inputs, 25, **lists)
+            assert sliced.indices == whole.indices
+            if different == 1 and not self.strategy.seeded:
+                assert sliced.indices == np.setdiff1d(np.arange(ROWS), lists.get("labeled", []))[:25].tolist()
 
     def test_a_shorter_budget_is_a_prefix(self, local):
         long, short = (self.select(local, self.inputs(), k, labeled=[0]) for k in (9, 4))
