@@ -25,6 +25,8 @@ from queryselect_service.errors import Cancelled
 
 #: Bytes that a span of rows touches: about 10 ms of memory bandwidth on two cores, 100 ms of slow arithmetic.
 SPAN_BYTES = 64 << 20
+#: Rows among which the k highest scores are looked for at once; more where k is more.
+TOP_ROWS = 1 << 18
 
 
 class Shards(Protocol):
@@ -239,16 +241,27 @@ def _top(scores: Tensor, k: int, candidates: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns their indices and their scores.
     """
-    rows = candidates.nonzero().squeeze(1)
+    if k < int(candidates.sum()):
+        bar = _bar(scores, k, candidates)
+        above = ((scores > bar) & candidates).nonzero().squeeze(1)
+        at_bar = ((scores == bar) & candidates).nonzero().squeeze(1)[: k - len(above)]
+        rows = torch.cat([above, at_bar]).sort().values
+    else:
+        rows = candidates.nonzero().squeeze(1)
     values = scores[rows]
-    if k < len(values):
-        bar = values.topk(k, sorted=False).values.min()
-        above = (values > bar).nonzero().squeeze(1)
-        at_bar = (values == bar).nonzero().squeeze(1)[: k - len(above)]
-        keep = torch.cat([above, at_bar]).sort().values
-        rows, values = rows[keep], values[keep]
     order = values.sort(descending=True, stable=True).indices
     return rows[order], values[order]
+
+
+def _bar(scores: Tensor, k: int, candidates: Tensor) -> Tensor:
+    """The k-th highest score (), found a block at a time: looking for it takes several times the memory of a block."""
+    best, step = scores[:0], max(k, TOP_ROWS)
+    for start in range(0, len(scores), step):
+        block = slice(start, start + step)
+        best = torch.cat([best, scores[block][candidates[block]]])
+        if len(best) > k:
+            best = best.topk(k, sorted=False).values
+    return best.min()
 
 
 def _spans(rows: int, row_bytes: int, check: Callable[[], object]) -> Iterator[slice]:

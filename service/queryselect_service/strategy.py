@@ -31,9 +31,9 @@ from queryselect_service.spec import LabelScore, Spec
 POINTWISE_ROWS = 4096
 #: Fewer where a row has so many entries that a block would have more than this: a block must not take long, nor much.
 POINTWISE_ENTRIES = 1 << 20
-#: Bytes that scores and their ranking take (Whole.top), per row and per pick: the scores, the candidates' rows and
-#: scores, what finding the k highest of them takes.
-RANKING_BYTES, PICK_BYTES = 44, 28
+#: Bytes that scores and their ranking take (Whole.top), per row and per pick: the scores, masks, the rows of equal
+#: scores; and what finding the k highest of a block takes.
+RANKING_BYTES, PICK_BYTES = 18, 64
 
 #: Inputs that may stand in for another; the service derives the one from the other.
 ALTERNATIVES = {"probabilities": ("logits",)}

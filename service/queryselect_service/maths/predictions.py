@@ -15,7 +15,9 @@ def distributions(values: Tensor, *, logits: bool, multilabel: bool) -> Tensor:
     values = values.double()
     if multilabel:
         if logits:
-            return torch.sigmoid(torch.stack([-values, values], dim=-1))
+            # Not sigmoid: torch computes the last few of a tensor in another way than the others, a digit apart, and
+            # rows that are the same must score the same.
+            return torch.softmax(torch.stack([torch.zeros_like(values), values], dim=-1), dim=-1)
         present = values.clamp(0, 1)
         return torch.stack([1 - present, present], dim=-1)
     return torch.softmax(values, dim=-1) if logits else values / values.sum(-1, keepdim=True)
