@@ -37,6 +37,11 @@ class Usage:
         return self._seconds() - self._cpu
 
     @property
+    def now(self) -> float:
+        """The resident memory now, less what there was, in MB."""
+        return self._status("VmRSS") - self._before
+
+    @property
     def peak(self) -> float:
         """The most resident memory since, less what there was, in MB."""
         return self._status("VmHWM") - self._before

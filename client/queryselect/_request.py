@@ -60,11 +60,15 @@ class Prepared:
         per_row = 8 * self.num_rows * (selection_pb2.RETURN_POOL_SCORES in self.message.returns)
         return 16 * self.message.stop.max_items + per_row
 
-    def inline(self, most: float = math.inf) -> dict[str, WireArray]:
-        """Puts the arrays of at most so many bytes into the message. Returns the others."""
+    def inline(self, most: float = math.inf, most_of_list: float = math.inf) -> dict[str, WireArray]:
+        """Puts the arrays of at most so many bytes into the message, lists of rows by their own limit.
+
+        Returns the others.
+        """
         large = {}
         for path, array in self.arrays.items():
-            if array.data.nbytes <= most:
+            is_list = path.removeprefix("pool.") in ROW_LISTS
+            if array.data.nbytes <= (most_of_list if is_list else most):
                 _tensor_at(self.message, path).data = array.data.tobytes()
             else:
                 large[path] = array

@@ -17,8 +17,9 @@ from queryselect._picks import NUMPY
 from queryselect._request import NOT_PER_ROW, Prepared
 from queryselect.v1 import selection_pb2
 
-#: Arrays of at most so many bytes travel inside the start.
-SMALL_BYTES = 64 << 10
+#: Arrays of at most so many bytes travel inside the start; lists of rows do though they are longer, because the server
+#: can tell from them at once what the selection will take.
+SMALL_BYTES, LIST_BYTES = 64 << 10, 4 << 20
 #: The shortest and the longest chunk, whatever a server recommends.
 CHUNK_BYTES = (64 << 10, 4 << 20)
 
@@ -29,7 +30,7 @@ class Upload:
     """The messages of one stream, for gRPC to draw from: the start, and once `admit` was called the chunks."""
 
     def __init__(self, prepared: Prepared) -> None:
-        self._large = prepared.inline(SMALL_BYTES)
+        self._large = prepared.inline(SMALL_BYTES, LIST_BYTES)
         self._start = selection_pb2.SelectStreamRequest(start=prepared.message)
         self._go, self._chunk_bytes = threading.Event(), 0
 

@@ -191,6 +191,15 @@ class Place:
         room.reserve(nbytes)
         self._rooms[0] = (room, had + nbytes)
 
+    def settle(self) -> None:
+        """Gives back what was set aside for lists of rows that turned out shorter than they might have been."""
+        host, own = self._needs()
+        less = (min(0, host - self._host), min(0, own - self._own))
+        self._rooms = [(room, had + by) for (room, had), by in zip(self._rooms, less, strict=False)]
+        for (room, _), by in zip(self._rooms, less, strict=False):
+            room.reserve(by)
+        self._host, self._own = self._host + less[0], self._own + less[1]
+
     def leave(self) -> None:
         """Gives everything back, once nothing runs any more."""
         if self._job is not None and not self._engine.queue.withdraw(self._job) and not self._job.outcome.done():

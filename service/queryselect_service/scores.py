@@ -54,11 +54,11 @@ class Scores:
             return blocks
         if self.values is None:
             self.values = torch.empty(request.size, dtype=torch.float64, device=self._device)
-        whole = {name: x for name in request.used if (x := request.inputs[name].data) is not None}
+        here = {name: x for name in request.used if (x := request.inputs[name].data) is not None}
         for block in blocks:
-            inputs = {name: x.to(self._device, non_blocking=True) for name, x in {**block.tensors, **whole}.items()}
-            first = next(iter(block.tensors.values()))
-            rows = slice(block.start, block.start + len(first))
+            rows = slice(block.start, block.start + len(next(iter(block.tensors.values()))))
+            parts = {name: x[rows] if request.per_row(name) else x for name, x in here.items()}
+            inputs = {name: x.to(self._device, non_blocking=True) for name, x in {**block.tensors, **parts}.items()}
             self.values[rows] = score_block(request.strategy, inputs, request.spec, request.task)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the blocks' buffers will be written again

@@ -119,6 +119,7 @@ class Stream:
             scores = Scores(request, place, upload, engine.device) if blockwise else None
             yield wire.encode_admitted(call.request_id, place.reserved)
             yield from self._receive(upload, scores)
+            place.settle()
             if not request.validate_only:
                 job = place.start_selection(lambda: request.problem(None if scores is None else scores.values))
                 yield from self._progress(place, job)

@@ -1,7 +1,7 @@
 """Every kernel's estimate of its memory against what a process really takes: never less, and at most twice as much.
 
-Measured in a process of its own, whose peak starts anew with every case (Linux). Sizes are heavy, so that what a process
-takes for itself does not count.
+Measured in a process of its own for every case, on Linux. Sizes are heavy, so that what a process takes for itself does
+not count.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ CASES = [
     Case("k_center_greedy", 300_000, 384, k=10, offset=1e4),
     Case("k_center_greedy", 150_000, 384, k=10, dtype="float64"),
     Case("k_center_greedy", 300_000, 384, k=10, dtype="bfloat16"),
-    Case("k_center_greedy", 300_000, 384, k=10, labeled=2000, params=(("normalize", True),)),
+    Case("k_center_greedy", 300_000, 384, k=10, labeled=300, params=(("normalize", True),)),
     Case("k_center_greedy", 2_000_000, 32, k=10, labeled=100),
-    Case("k_center_greedy", 100_000, 384, k=2000, labeled=30_000),
+    Case("k_center_greedy", 60_000, 384, k=200, labeled=5000),
 ]
 
 
@@ -94,22 +94,18 @@ def estimate(case: Case) -> int:
     return strategy.memory(sizes)
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict[Case, tuple[int, int]]:
-    """Each case in a process of its own, several after one another: memory that one leaves behind is none of the next's."""
+def measured(case: Case) -> tuple[int, int]:
+    """The same in a process of its own: memory that one case leaves behind is none of the next's."""
     code = (
         "import json, sys; from tests.service.test_memory import Case, measure;"
         "case = json.loads(sys.argv[1]); case['params'] = tuple(map(tuple, case['params']));"
         "print(json.dumps(measure(Case(**case))))"
     )
-    found = {}
-    for case in CASES:
-        ran = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(asdict(case))], capture_output=True, text=True, timeout=100
-        )
-        assert ran.returncode == 0, ran.stderr
-        found[case] = tuple(json.loads(ran.stdout.splitlines()[-1]))
-    return found
+    command = [sys.executable, "-c", code, json.dumps(asdict(case))]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    inputs, peak = json.loads(ran.stdout.splitlines()[-1])
+    return inputs, peak
 
 
 def test_every_strategy_is_measured():
@@ -117,11 +113,10 @@ def test_every_strategy_is_measured():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, asdict(case).values())))
-def test_an_estimate_is_never_too_low_and_at_most_twice_too_high(measured, case):
-    inputs, peak = measured[case]
-    expected = estimate(case)
-    print(f"inputs {inputs / 1e6:.0f} MB, beside them {peak / 1e6:.0f} MB, estimated {expected / 1e6:.0f} MB")
-    assert inputs + peak <= inputs + expected
-    assert inputs + expected <= 2 * (inputs + peak)
+def test_an_estimate_is_never_too_low_and_at_most_twice_too_high(case):
+    (inputs, peak), expected = measured(case), estimate(case)
+    said = f"inputs {inputs / 1e6:.0f} MB, beside them {peak / 1e6:.0f} MB, estimated {expected / 1e6:.0f} MB"
+    assert peak <= expected, said
+    assert inputs + expected <= 2 * (inputs + peak), said

@@ -1,0 +1,78 @@
+"""A million rows of 384 dimensions by stream: the picks, the server's memory, and how soon a cancelled one stops."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks.machine import Usage
+from benchmarks.transport import QUIETLY, process
+from queryselect import Cancelled, Client
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ROWS, DIMS, BUDGET = 1_000_000, 384, 100
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return np.random.default_rng(0).standard_normal((ROWS, DIMS), np.float32)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with process("-m", "queryselect_service", *QUIETLY) as (pid, port), Client(f"127.0.0.1:{port}") as client:
+        client.select("k_center_greedy", 2, embeddings=np.eye(4))  # what libraries take once
+        yield pid, client
+
+
+def test_k_center_greedy_picks_farthest_first_within_the_memory_of_the_pool(server, pool):
+    pid, client = server
+    usage, seen = Usage(pid), []
+    picks = client.select("k_center_greedy", BUDGET, embeddings=pool, progress=lambda *step: seen.append(step))
+    assert usage.peak <= pool.nbytes / 1e6 + 150
+    assert {phase for phase, _, _ in seen} >= {"receiving", "selecting"}
+    # Farthest first, by its definition: every pick is as far from those before it as no other row is.
+    assert len(set(picks.indices.tolist())) == BUDGET
+    nearest = np.full(ROWS, np.inf)
+    for step, (row, score) in enumerate(picks):
+        if step:
+            assert score == pytest.approx(nearest[row] ** 0.5, rel=1e-5)
+            assert nearest.max() ** 0.5 <= score * (1 + 1e-5)
+        nearest = np.minimum(nearest, squared_distances(pool, pool[row]))
+
+
+def squared_distances(pool: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """(N,), from every row to the centre."""
+    blocks = (pool[start : start + 10_000] - centre for start in range(0, len(pool), 10_000))
+    return np.concatenate([np.square(block).sum(1) for block in blocks])
+
+
+@pytest.mark.parametrize("phase", ["receiving", "selecting"])
+def test_a_cancelled_one_stops_and_its_memory_is_back(server, pool, phase):
+    pid, client = server
+    before, under_way = Usage(pid), []
+
+    def note(now: str, done: int, _: int | None) -> None:
+        if now == phase and done > 0:
+            under_way.append(time.monotonic())
+
+    job = client.submit("k_center_greedy", 1000, embeddings=pool, progress=note)
+    until = time.monotonic() + 60
+    while not under_way:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    cancelled = time.monotonic()
+    job.cancel()
+    last, usage = cancelled, Usage(pid)
+    used = usage.cpu
+    while time.monotonic() - last < 0.5 and time.monotonic() - cancelled < 10:  # quiet for half a second
+        time.sleep(0.01)
+        if usage.cpu > used:
+            last, used = time.monotonic(), usage.cpu
+    assert last - cancelled <= 0.25
+    with pytest.raises(Cancelled):
+        job.result(5)
+    assert before.now <= 50  # MB more than before
+    assert len(client.select("random", 1, num_rows=5)) == 1
