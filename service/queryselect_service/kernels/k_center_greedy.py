@@ -12,7 +12,7 @@ from torch import Tensor
 from queryselect_service.maths.distances import Points
 from queryselect_service.shards import Shards
 from queryselect_service.spec import Spec, parameter
-from queryselect_service.strategy import Notice, NoticeCode, ScoreKind, Selection, strategy
+from queryselect_service.strategy import Notice, NoticeCode, ScoreKind, Selection, Sizes, strategy
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,18 @@ class KCenterGreedy(Spec):
     normalize: bool = parameter(False, "Whether every row is scaled to unit Euclidean length first")
 
 
+def _memory(sizes: Sizes) -> int:
+    """A moved copy of the rows, which not all inputs need; centres; a dozen numbers per row; spans of float64 rows."""
+    wide = max(4, sizes.item)
+    return sizes.N * (sizes.D * wide + 24 + 8 * wide) + (sizes.L + sizes.k) * sizes.D * sizes.item + (40 << 20)
+
+
 @strategy(
     KCenterGreedy,
     kind=ScoreKind.DISTANCE,
     cost="O(N D (L + k)) time, O(N D) memory",
+    memory=_memory,
+    work=lambda sizes: float(sizes.N * sizes.D * (6 + sizes.L + sizes.k)),
     citation="Sener and Savarese, Active learning for convolutional neural networks: a core-set approach (ICLR 2018), "
     "arXiv:1708.00489, algorithm 1",
 )
@@ -57,75 +65,77 @@ def k_center_greedy(
     """
     points = Points(embeddings, pool, normalize=spec.normalize)
     n, dims, device = *embeddings.shape, embeddings.device
-    rows = torch.arange(pool.offset, pool.offset + n, device=device)
-    free = candidates.clone()
+    free, available = candidates.clone(), int(candidates.count_nonzero())
     nearest = torch.full((n,), math.inf, dtype=points.work.dtype, device=device)  # squared, fast
-    distance = torch.full((n,), math.inf, dtype=torch.float64, device=device)  # exact, to centres[:known]
-    known = torch.zeros(n, dtype=torch.int64, device=device)
 
-    labeled = int(pool.sum(torch.tensor(len(context), device=device)))
-    centres = torch.empty(labeled + k, dims, dtype=embeddings.dtype, device=device)
-    filled = 0
-    for (block,) in pool.blocks(embeddings[context]):
-        centres[filled : filled + len(block)] = block
-        filled += len(block)
+    labeled = [block for (block,) in pool.blocks(embeddings[context])]  # of all slices
+    for block in labeled:
         points.update_nearest(nearest, block)
 
     indices = torch.empty(k, dtype=torch.int64, device=device)
     scores = torch.empty(k, dtype=torch.float64, device=device)
+    picks = torch.empty(k, dims, dtype=embeddings.dtype, device=device)  # (k, D)
     first = 0
-    if labeled == 0:
-        to_mean = _distance_to_mean(points)
-        best, score, row = pool.best(torch.where(free, -to_mean, -math.inf), embeddings)
-        indices[0], scores[0], centres[0] = best, -score, row
-        free &= rows != best
+    if not labeled:
+        best, score, row = pool.best(torch.where(free, points.to_mean().neg_(), -math.inf), embeddings)
+        indices[0], scores[0], picks[0], first = best, -score, row, 1
+        _take(free, best, pool)
         points.update_nearest(nearest, row[None])
-        filled, first = 1, 1
 
+    # The exact distances of rows that have been looked at, to what is labelled and picks[:known]; -1 for none.
+    distance = torch.full((n,), math.inf, dtype=torch.float64, device=device)
+    known = torch.full((n,), -1, dtype=torch.int32, device=device)
     for step in range(first, k):
         pool.progress(step, k)
         # Rows that may be the farthest, as far as fast distances can tell, are compared exactly.
-        error = points.error_bound(nearest)
-        _, threshold = pool.best(torch.where(free, nearest - error, -math.inf))
-        leaders = (free & (nearest + error >= threshold)).nonzero().squeeze(1)
-        for seen in torch.unique(known[leaders]).tolist():  # so that no pair is computed twice
-            late = leaders[known[leaders] == seen]
-            distance[late] = torch.minimum(distance[late], points.direct(embeddings[late], centres[seen:filled]))
-        known[leaders] = filled
-        leading = torch.full_like(distance, -math.inf)
-        leading[leaders] = distance[leaders]
-        best, score, row = pool.best(leading, embeddings)
-        if not score > 0:  # every candidate left repeats a row that is labelled or chosen: the order is the rows' own
-            indices[step:], scores[step:] = pool.top(torch.zeros_like(distance), k - step, free)
+        leaders = _leaders(points, nearest, free)
+        behind = known[leaders]
+        groups = torch.unique(behind.cpu()).tolist()  # on the host, so that the device is waited for once
+        for seen in groups:  # so that no pair is computed twice
+            late = leaders if len(groups) == 1 else leaders[behind == seen]
+            centres = [*labeled, picks[:step]] if seen < 0 else [picks[seen:step]]
+            distance[late] = torch.minimum(distance[late], points.direct(late, *centres))
+        known.index_fill_(0, leaders, step)
+        best, score, row = pool.best(
+            torch.full_like(distance, -math.inf).index_copy_(0, leaders, distance[leaders]), embeddings
+        )
+        # When every candidate left repeats a row that is labelled or chosen, all of them lead, and their order is the
+        # rows' own. Where fewer lead, the device need not be asked for the score.
+        if len(leaders) >= available - step and not score > 0:
+            indices[step:], scores[step:] = pool.top(torch.zeros_like(nearest), k - step, free)
             covered = indices[step:]
             break
-        indices[step], scores[step], centres[filled] = best, score, row
-        filled += 1
-        free &= rows != best
+        indices[step], scores[step], picks[step] = best, score, row
+        _take(free, best, pool)
         points.update_nearest(nearest, row[None])
     else:
         covered = indices[:0]
 
     def pool_scores() -> Tensor:
-        if labeled == 0:
-            return -to_mean / points.scale  # nearest is best
-        return points.direct(embeddings, centres[:labeled]) / points.scale
+        if not labeled:
+            return points.to_mean().neg_() / points.scale  # nearest is best
+        return points.direct(torch.arange(n, device=device), *labeled) / points.scale
 
-    return Selection(indices, scores / points.scale, pool_scores, _notices(points, spec, rows, covered))
-
-
-def _distance_to_mean(points: Points) -> Tensor:
-    """The distance (n,) of every row to the mean of all, float64."""
-    to_mean = torch.empty(len(points.embeddings), dtype=torch.float64, device=points.mean.device)
-    for span in points.pool.spans(len(to_mean), 8 * len(points.mean)):
-        to_mean[span] = (points.exact(points.embeddings[span]) - points.mean).norm(dim=1)
-    return to_mean
+    return Selection(indices, scores / points.scale, pool_scores, _notices(points, spec, covered))
 
 
-def _notices(points: Points, spec: KCenterGreedy, rows: Tensor, covered: Tensor) -> tuple[Notice, ...]:
+def _leaders(points: Points, nearest: Tensor, free: Tensor) -> Tensor:
+    """The free rows (l,) here that may be the farthest from their nearest centres."""
+    error = points.error_bound(nearest)
+    _, threshold = points.pool.best(torch.where(free, nearest - error, -math.inf))
+    return (free & (nearest + error >= threshold)).nonzero().squeeze(1)
+
+
+def _take(free: Tensor, row: Tensor, pool: Shards) -> None:
+    """Makes the global `row` free no longer; its number stays on the device."""
+    free &= torch.arange(pool.offset, pool.offset + len(free), device=free.device) != row
+
+
+def _notices(points: Points, spec: KCenterGreedy, covered: Tensor) -> tuple[Notice, ...]:
     notices = []
     if spec.normalize:
-        zero = torch.cat([rows[:0], *(block for (block,) in points.pool.blocks(rows[points.inert]))])  # of all slices
+        inert = points.pool.offset + points.inert().nonzero().squeeze(1)
+        zero = torch.cat([inert[:0], *(block for (block,) in points.pool.blocks(inert))])  # of all slices
         if len(zero):
             message = f"{len(zero)} rows have length 0 and stay there when normalized"
             notices.append(Notice(NoticeCode.INERT_ROWS, message, zero))

@@ -1,120 +1,189 @@
 """Euclidean distances that are fast in single precision and exact where a decision hangs on them.
 
 Distances by the expansion |x|^2 + |c|^2 - 2 x.c are one matrix product, but they lose digits when the norms are much
-larger than the distances. `Points` therefore works on rows that are shifted and scaled, and knows how wrong a fast
-distance can be; what is too close to call is decided by direct differences in float64.
+larger than the distances. `Points` therefore measures norms from the rows' mean, and knows how wrong a fast distance
+can be; what is too close to call is decided by direct differences in float64.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from queryselect_service.shards import Shards
 
-#: Centres that one matrix product takes at once.
-CENTRES = 256
-#: Bytes of direct float64 differences between two checks for cancellation.
-DIRECT_BYTES = 256 << 20
+#: Centres that one matrix product takes at once, and how many entries they may have.
+CENTRES, CENTRE_ENTRIES = 256, 1 << 20
+#: Columns that one matrix product takes at once: the error of a sum grows with its terms.
+TERMS = 2048
+#: Bytes per entry that work on float64 rows touches: they are made, scaled, shifted and read, in memory of their own.
+EXACT_BYTES = 48
+#: The mean is far where its length is more than 4 times a row's distance from it, here squared. Up to there some 5 rows
+#: per pick are compared exactly instead of 2; at 32 times it would be thousands.
+FAR = 4.0**2
+#: Entries up to 2 to this power, or its inverse, have squares and sums of them that no type loses.
+PLAIN_EXPONENT = 30
 
 
 class Points:
     """The rows of one slice, ready for distances to centres.
 
     Distances are those of the rows as given (or of their unit-length versions with `normalize`), times `scale`, a power
-    of two that keeps squares from overflowing or vanishing; it changes no digit. The columns of `work` are shifted by
-    their mean rounded to bfloat16: far offsets go, and integer or fixed-point data stay exact, so that their exact ties
-    stay ties.
+    of two that keeps squares from overflowing or vanishing; it changes no digit, and is 1 where neither can happen.
+
+    Fast distances are measured from m, the rows' mean: with c' = c - m,
+
+        |x - c|^2 = |x - m|^2 + |c'|^2 + 2 o.c' - 2 w.c'    where w = x, o = m    or    w = x - m, o = 0.
+
+    The rows w are `work`. As a rule they are the rows as given, which saves a copy of all. They are copied and moved
+    where products of the rows as given would not do: half types, `normalize`, a scale, or a mean so far away that it
+    would blur them. m is rounded to bfloat16, so that differences from it are exact for integer or fixed-point data.
     """
 
     def __init__(self, embeddings: Tensor, pool: Shards, *, normalize: bool = False) -> None:
         """embeddings: (n, D), any float type; read, never written."""
-        self.embeddings, self.pool, self.normalize, self.scale = embeddings, pool, normalize, 1.0
+        self.embeddings, self.pool, self.normalize = embeddings, pool, normalize
         n, dims, device = *embeddings.shape, embeddings.device
         dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-        largest = torch.empty(n, dtype=torch.float64, device=device)
-        for span in pool.spans(n, dims * embeddings.element_size()):
-            low, high = embeddings[span].aminmax(dim=1)
-            largest[span] = torch.maximum(-low, high).double()
-        self.inert = largest == 0  # (n,), rows without length
-        if not normalize:
-            _, peak = pool.best(largest)
-            widest = 120 if dtype == torch.float32 else 1000  # so that the scale itself is a normal number
-            self.scale = 2.0 ** min(max(-math.frexp(float(peak))[1], -widest), widest)  # entries of about 1
+        self.scale = 1.0 if normalize else _scale(embeddings, pool, dtype)
         total = torch.zeros(dims, dtype=torch.float64, device=device)
-        for span in pool.spans(n, dims * 8):
+        for span in pool.spans(n, EXACT_BYTES * dims):
             total += self.exact(embeddings[span]).sum(0)
         self.mean = pool.sum(total) / pool.size  # (D,)
         self.shift = self.mean.to(torch.bfloat16).double()
-        self.work = torch.empty(n, dims, dtype=dtype, device=device)
-        self.norms = torch.empty(n, dtype=dtype, device=device)
-        for span in pool.spans(n, dims * 8):
-            self.work[span] = self._moved(embeddings[span])
-            self.norms[span] = torch.linalg.vector_norm(self.work[span], dim=1).square_()
-        self._error = _rounding(dtype) * (4 + math.sqrt(dims))
+        self.norms = torch.empty(n, dtype=dtype, device=device)  # |x - m|^2
+        for span in pool.spans(n, EXACT_BYTES * dims):
+            self.norms[span] = torch.linalg.vector_norm(self._moved(embeddings[span]), dim=1).square_()
 
-    def _moved(self, rows: Tensor) -> Tensor:
-        """Rows (m, D) as given -> scaled or normalized, shifted rows: rounded once, after the shift."""
-        dtype = self.work.dtype
-        if self.normalize:
-            return (self.exact(rows) - self.shift).to(dtype)
-        return rows.to(dtype) * self.scale - self.shift.to(dtype)  # scaling is exact, so this rounds once too
-
-    def error_bound(self, nearest: Tensor) -> Tensor:
-        """How wrong the fast squared distances (n,) to the nearest centre can be, each.
-
-        A product of D terms is wrong by the unit of rounding times the norms, and the nearest centre's squared norm is
-        at most 2 |x|^2 + 2 d^2. The last term is for squares that vanish.
-        """
-        vanishing = self.work.shape[1] * torch.finfo(self.work.dtype).tiny
-        return self._error * (3 * self.norms + 2 * nearest) + vanishing
+        far = pool.sum((FAR * self.norms < self.shift.square().sum()).sum())
+        self.work, self.origin = embeddings, self.shift
+        if normalize or embeddings.dtype != dtype or self.scale != 1 or 2 * far > pool.size:
+            self.work, self.origin = torch.empty(n, dims, dtype=dtype, device=device), torch.zeros_like(self.shift)
+            for span in pool.spans(n, EXACT_BYTES * dims):
+                self.work[span] = self._moved(embeddings[span])
+        self._error = _rounding(dtype, dims)
+        vanishing = 4 * dims * torch.finfo(dtype).tiny
+        self._floor = float(2 * self._error * self.origin.square().sum()) + vanishing
 
     def exact(self, rows: Tensor) -> Tensor:
-        """Rows (m, D) as given -> the float64 rows (m, D) whose distances count."""
-        rows = rows.double()
-        if self.normalize:
-            rows = rows / rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-            lengths: Tensor = rows.norm(dim=-1, keepdim=True)
-            return rows / lengths.clamp_min(torch.finfo(torch.float64).tiny)
-        return rows * self.scale
+        """Rows (m, D) as given -> the float64 rows (m, D) whose distances count, in memory of their own."""
+        rows = rows.to(torch.float64, copy=True)
+        if not self.normalize:
+            return rows.mul_(self.scale)
+        for order in (math.inf, 2):  # the largest entry becomes 1 first, so that squares neither overflow nor vanish
+            lengths = torch.linalg.vector_norm(rows, order, dim=-1, keepdim=True)
+            rows /= lengths.clamp_min_(torch.finfo(torch.float64).tiny)
+        return rows
+
+    def _moved(self, rows: Tensor) -> Tensor:
+        """Rows (m, D) as given -> the same, less m, in float64."""
+        return self.exact(rows).sub_(self.shift)
+
+    def to_mean(self) -> Tensor:
+        """The distance (n,) of every row to the mean of all, float64."""
+        n, dims = self.embeddings.shape
+        distances = torch.empty(n, dtype=torch.float64, device=self.mean.device)
+        for span in self.pool.spans(n, EXACT_BYTES * dims):
+            distances[span] = torch.linalg.vector_norm(self.exact(self.embeddings[span]).sub_(self.mean), dim=1)
+        return distances
+
+    def inert(self) -> Tensor:
+        """Which rows (n,) have no length."""
+        inert = torch.empty(len(self.embeddings), dtype=torch.bool, device=self.embeddings.device)
+        for span in self.pool.spans(len(inert), self.embeddings.element_size() * self.embeddings.shape[1]):
+            inert[span] = ~self.embeddings[span].any(dim=1)
+        return inert
+
+    def error_bound(self, nearest: Tensor) -> Tensor:
+        """How wrong the fast squared distances (n,) to the nearest centre, d^2, can be, each.
+
+        Every term of a distance is wrong by a part of its size, and their sizes add up to a small multiple of
+
+            |w|^2 + |c'|^2  <=  2 |x - m|^2 + 2 |o|^2  +  2 |x - m|^2 + 2 d^2,
+
+        since |c'| is at most |x - m| + d. What vanishes among squares comes on top.
+        """
+        return torch.add(nearest, self.norms, alpha=2).mul_(2 * self._error).add_(self._floor)
 
     def update_nearest(self, nearest: Tensor, centres: Tensor) -> None:
         """Lowers `nearest` (n,), in place, to the fast squared distances to `centres` (m, D), rows as given."""
-        moved = self.exact(centres) - self.shift  # (m, D)
-        norms = moved.square().sum(1)  # (m,)
-        dtype = self.work.dtype
-        for first in range(0, len(moved), CENTRES):
-            some, their = moved[first : first + CENTRES].to(dtype), norms[first : first + CENTRES].to(dtype)
-            for span in self.pool.spans(len(self.work), self.work.element_size() * (self.work.shape[1] + len(some))):
-                if len(some) == 1:
-                    squared = torch.addmv(self.norms[span], self.work[span], some[0], alpha=-2)  # (s,)
-                    squared += their[0]
-                else:
-                    squared = torch.addmm(their, self.work[span], some.T, alpha=-2).amin(1)  # (s,)
-                    squared += self.norms[span]
-                torch.minimum(nearest[span], squared.clamp_min_(0), out=nearest[span])
+        dims, dtype = self.work.shape[1], self.work.dtype
+        for batch in _batches(centres):
+            moved = self._moved(batch)  # (c, D)
+            some = moved.to(dtype)
+            their = (moved.square().sum(1) + 2 * (some.double() @ self.origin)).to(dtype)  # (c,), |c'|^2 + 2 o.c'
+            for span in self.pool.spans(len(self.work), self.work.element_size() * (dims + 4 * len(some))):
+                squared = self._squared(span, some, their)
+                torch.minimum(nearest[span], squared, out=nearest[span])
 
-    def direct(self, rows: Tensor, centres: Tensor) -> Tensor:
-        """The distance (m,) of each of `rows` (m, D) to the nearest of `centres` (c, D), by differences in float64."""
+    def _squared(self, span: slice, some: Tensor, their: Tensor) -> Tensor:
+        """The fast squared distances (s,) of a span of rows to the nearest of `some` (c, D)."""
+        squared = self.norms[span, None] + their  # (s, c)
+        for start in range(0, some.shape[1], TERMS):
+            terms = slice(start, start + TERMS)
+            if len(some) == 1:
+                squared[:, 0].addmv_(self.work[span, terms], some[0, terms], alpha=-2)
+            else:
+                squared.addmm_(self.work[span, terms], some[:, terms].T, alpha=-2)
+        return squared.amin(1).clamp_min_(0)
+
+    def direct(self, rows: Tensor, *centres: Tensor) -> Tensor:
+        """The distance (m,) of each of `rows` (m,), numbers of rows here, to the nearest of all `centres` (c, D).
+
+        By differences in float64.
+        """
         nearest = torch.full((len(rows),), math.inf, dtype=torch.float64, device=rows.device)
-        exact, dims = self.exact(centres), centres.shape[1]
-        for first in range(0, len(centres), CENTRES):
-            some = exact[first : first + CENTRES]
-            step = max(1, DIRECT_BYTES // (8 * dims * len(some)))
-            for start in range(0, len(rows), step):
-                self.pool.check()
-                part = slice(start, start + step)
+        for batch in _batches(*centres):
+            some, (count, dims) = self.exact(batch), batch.shape
+            for part in self.pool.spans(len(rows), EXACT_BYTES * dims + 2 * count * (dims + 8)):
                 distances = torch.cdist(
-                    self.exact(rows[part]), some, compute_mode="donot_use_mm_for_euclid_dist"
-                )  # (s, c)
-                nearest[part] = torch.minimum(nearest[part], distances.amin(1))
+                    self.exact(self.embeddings[rows[part]]), some, compute_mode="donot_use_mm_for_euclid_dist"
+                ).amin(1)  # (s,)
+                nearest[part] = torch.minimum(nearest[part], distances)
         return nearest
 
 
-def _rounding(dtype: torch.dtype) -> float:
-    """The unit of rounding of a matrix product in `dtype`: a process may have allowed torch coarser ones."""
-    if dtype == torch.float32:
-        return {"highest": torch.finfo(dtype).eps, "high": 2.0**-10}.get(torch.get_float32_matmul_precision(), 2.0**-7)
-    return torch.finfo(dtype).eps
+def _batches(*centres: Tensor) -> Iterator[Tensor]:
+    """All the centres, (c, D) at a time."""
+    for block in centres:
+        step = max(1, min(CENTRES, CENTRE_ENTRIES // block.shape[1]))
+        for start in range(0, len(block), step):
+            yield block[start : start + step]
+
+
+def _scale(rows: Tensor, pool: Shards, dtype: torch.dtype) -> float:
+    """1 where no squares of the rows' entries get lost, else the power of two that makes the largest entry about 1."""
+    largest = torch.zeros((), dtype=rows.dtype, device=rows.device)
+    for span in pool.spans(len(rows), rows.shape[1] * rows.element_size()):
+        low, high = rows[span].aminmax()
+        largest = torch.maximum(largest, torch.maximum(-low, high))
+    _, peak = pool.best(largest.double()[None])
+    exponent = math.frexp(float(peak))[1]
+    if abs(exponent) <= PLAIN_EXPONENT:
+        return 1.0
+    widest = 120 if dtype == torch.float32 else 1000  # so that the scale itself is a normal number
+    return 2.0 ** min(max(-exponent, -widest), widest)
+
+
+def _rounding(dtype: torch.dtype, dims: int) -> float:
+    """How wrong a fast squared distance of rows of `dims` entries can be, as a part of |w|^2 + |c'|^2.
+
+    A sum of t products, in any order, is wrong by at most t eps / 2; constant rows come near. All else that is rounded
+    adds less than 8 eps. In float64 the norms are such sums too.
+    """
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float64:
+        return eps * (8 + 2 * dims)
+    return _coarseness() + eps * (8 + min(dims, TERMS) / 2 + dims / TERMS)
+
+
+def _coarseness() -> float:
+    """What products in float32 lose where a process has allowed torch to round their factors: nothing by default."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # allowed by a newer interface, of which this one knows nothing
+        precision = "medium"
+    return {"highest": 0.0, "high": 2.0**-8}.get(precision, 2.0**-6)
