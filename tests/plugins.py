@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -79,3 +80,27 @@ def second_class(probabilities: Annotated[Tensor, "N C"], *, k: int, candidates:
 def steepest(logits: Annotated[Tensor, "N C"]) -> Tensor:
     """A kernel that wants the logits themselves."""
     return logits.amax(-1)
+
+
+@dataclass(frozen=True)
+class Scaled(Spec):
+    """Its parameters."""
+
+    seconds: float = parameter(0.0, "How long to work on a block", low=0, unit="seconds")
+    fail: bool = parameter(False, "Whether to fail")
+
+
+#: The number of rows of every block that was scaled, the last ones.
+scaled_rows: deque[int] = deque(maxlen=100)
+
+
+@pointwise(Scaled, cost="O(N (C + D))", citation="2026")
+def scaled(probabilities: Annotated[Tensor, "N C"], embeddings: Annotated[Tensor, "N D"], *, spec: Scaled) -> Tensor:
+    """A pointwise kernel of two inputs with a row per row of the pool, as slow as one likes."""
+    if spec.fail:
+        raise RuntimeError("secret traceback")
+    last_seen["at"] = time.monotonic()
+    scaled_rows.append(len(probabilities))
+    time.sleep(spec.seconds)
+    last_seen["at"] = time.monotonic()
+    return probabilities.amax(-1) * embeddings.sum(-1)

@@ -204,6 +204,11 @@ class Request:
                     f"{array.path} needs a list of rows, or a mask of shape (N); it has {shape_text(array.shape)}",
                     field=array.path,
                 )
+        size, _ = sizes["N"]
+        for array in self.row_lists.values():
+            if array.dtype is torch.bool and array.shape != (size,):
+                shape = shape_text(array.shape)
+                raise InvalidInput(f"{array.path} needs a mask of shape ({size}); it has {shape}", field=array.path)
         return {letter: size for letter, (size, _) in sizes.items()}
 
     def _check_types(self) -> None:
@@ -233,7 +238,9 @@ class Request:
         """The number of rows that may be chosen; while row lists are still to come, the most that it may be."""
         if "candidates" in self.rows:
             return len(self.rows["candidates"])
-        return self.size - sum(len(self.rows[name]) for name in ("labeled", "pending", "excluded") if name in self.rows)
+        # Labelled rows may be chosen where they are listed as candidates, which is known when that list is here.
+        apart = ("pending", "excluded") if "candidates" in self.row_lists else ("labeled", "pending", "excluded")
+        return self.size - sum(len(self.rows[name]) for name in apart if name in self.rows)
 
     def _check_budget(self) -> None:
         if self.max_items is None:

@@ -22,21 +22,29 @@ class Scores:
     def advance(self, call: Call) -> None:
         """Has ready blocks scored; waits only where too many of them are ready."""
         ready = self._upload.blocks.ready
+        if self._request.validate_only:  # nothing to do on the device
+            while ready:
+                self._upload.blocks.give_back(ready.popleft())
+            return
         if self._job is not None and (self._job.outcome.done() or len(ready) >= WINDOW // 2):
             self._collect(call)
         if ready and self._job is None:
             blocks = [ready.popleft() for _ in range(len(ready))]
             rows = sum(len(next(iter(block.tensors.values()))) for block in blocks)
             sizes = self._request.sizes
-            work = 0.0 if self._request.validate_only else self._request.strategy.work(sizes) * rows / sizes.N
-            self._job = self._place.start(lambda: self._score(blocks), work)
+            work = self._request.strategy.work(sizes) * rows / sizes.N
+            self._job = self._place.start(lambda: self._score(blocks, call), work)
 
-    def finish(self, call: Call) -> None:
-        """Waits until every row is scored."""
-        while self._job is not None or self._upload.blocks.ready:
-            if self._job is not None:
-                self._collect(call)
-            self.advance(call)
+    def ahead(self) -> int | None:
+        """How many jobs of others stand before the blocks that are ready; None where their turn has come."""
+        return None if self._job is None or self._job.begun else self._place.ahead(self._job)
+
+    def finish(self, call: Call, seconds: float) -> bool:
+        """Waits for at most so long until every row is scored; whether all are."""
+        self.advance(call)
+        if self._job is not None and self._place.wait(self._job, seconds):
+            self._collect(call)
+        return self._job is None and not self._upload.blocks.ready
 
     def _collect(self, call: Call) -> None:
         assert self._job is not None  # only asked then
@@ -47,15 +55,14 @@ class Scores:
             self._upload.blocks.give_back(block)
         self._job = None
 
-    def _score(self, blocks: list[Block]) -> list[Block]:
+    def _score(self, blocks: list[Block], call: Call) -> list[Block]:
         """In the device's thread."""
         request = self._request
-        if request.validate_only:
-            return blocks
         if self.values is None:
             self.values = torch.empty(request.size, dtype=torch.float64, device=self._device)
         here = {name: x for name in request.used if (x := request.inputs[name].data) is not None}
         for block in blocks:
+            call.check()
             rows = slice(block.start, block.start + len(next(iter(block.tensors.values()))))
             parts = {name: x[rows] if request.per_row(name) else x for name, x in here.items()}
             inputs = {name: x.to(self._device, non_blocking=True) for name, x in {**block.tensors, **parts}.items()}

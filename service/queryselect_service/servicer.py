@@ -166,7 +166,15 @@ class SelectionServicer(selection_pb2_grpc.SelectionServiceServicer):
             start = stream.start()
             visit.strategy = _strategy(start)
             frontend.name(visit, start.request_id)
-            yield from stream.run(start)
+            for response in stream.run(start):
+                # A caller who does not take what it asked for would keep its place and its memory.
+                patience = threading.Timer(frontend.service.settings.idle_stream, context.cancel)
+                patience.daemon = True
+                patience.start()
+                try:
+                    yield response
+                finally:
+                    patience.cancel()
 
 
 def _strategy(request: selection_pb2.SelectRequest) -> str:

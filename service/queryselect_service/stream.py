@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from queryselect.v1 import selection_pb2
 from queryselect_service import wire
 from queryselect_service.engine import POLL, Call, Place, Times
-from queryselect_service.errors import Aborted, InvalidInput
+from queryselect_service.errors import Aborted, Cancelled, InvalidInput
 from queryselect_service.queue import Job
 from queryselect_service.scores import Scores
 from queryselect_service.strategy import Selection
@@ -67,13 +67,13 @@ class Inbox:
             return self._changed.wait_for(lambda: bool(self._waiting) or self._ended, seconds)
 
     def take(self) -> wire.StreamMessage | None:
-        """The next message, after `wait`; None at the end. Raises what reading raised."""
+        """The next message, after `wait`; None at the end. Raises Cancelled where the messages broke off."""
         with self._changed:
             if self._waiting:
                 self._changed.notify_all()
                 return self._waiting.popleft()
         if self._error is not None:
-            raise self._error
+            raise Cancelled("the caller has gone") from self._error
         return None
 
     def close(self) -> None:
@@ -158,8 +158,10 @@ class Stream:
                 yield wire.encode_progress("RECEIVING", upload.received, total)
         upload.finish()
         self._times.receive = time.monotonic() - began
-        if scores is not None:
-            scores.finish(self._call)
+        while scores is not None and not scores.finish(self._call, PROGRESS_EVERY):
+            ahead = scores.ahead()
+            if ahead is not None:
+                yield wire.encode_progress("QUEUED", ahead, None)
 
     def _progress(self, place: Place, job: Job[Selection]) -> Iterator[wire.StreamResponse]:
         """Tells how far the selection is until it has ended."""

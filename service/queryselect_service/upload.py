@@ -92,7 +92,8 @@ class Upload:
         self._coverage = {path: Coverage() for path in self._expected}
         names = [name for name in request.used if request.inputs[name].path in self._expected]
         by_block = [name for name in names if in_blocks(request, name)]
-        self.blocks = Blocks({name: request.inputs[name] for name in by_block}, request.size, reserve, pinned=pinned)
+        blocked = {name: request.inputs[name] for name in by_block}
+        self.blocks = Blocks(blocked, request.size, reserve, widest=_widest(request), pinned=pinned)
         self._names = {request.inputs[name].path: name for name in names}
         unread = {request.inputs[name].path for name in request.inputs if name not in request.used}
         apart = {request.inputs[name].path for name in by_block}
@@ -195,17 +196,22 @@ def in_blocks(request: Request, name: str) -> bool:
 
 def held_bytes(request: Request) -> int:
     """The host memory of a request's tensors while they come and after, in bytes, if their chunks come in order."""
-    held, row, widest = 0, 0, 1
+    held, row = 0, 0
     for array in request.arrays:
         name = array.path.removeprefix("pool.")
         if name in request.inputs and array.data is None and name not in request.used:
             continue  # nobody reads it: dropped as it comes
         if name in request.inputs and array.data is None and in_blocks(request, name):
             row += _row_bytes(array)
-            widest = max(widest, _row_bytes(array) // array.dtype.itemsize)
         else:
             held += array.nbytes
-    return held + WINDOW * block_rows(widest) * row
+    return held + WINDOW * block_rows(_widest(request)) * row
+
+
+def _widest(request: Request) -> int:
+    """The entries of a row of the widest input: blocks are the same however the rows came."""
+    arrays = (request.inputs[name] for name in request.used if request.per_row(name))
+    return max((_row_bytes(array) // array.dtype.itemsize for array in arrays), default=1)
 
 
 @dataclass
@@ -221,11 +227,20 @@ class Block:
 class Blocks:
     """Rows on their way, in blocks of the size that is scored at once. full: not looked at yet; ready: to be scored."""
 
-    def __init__(self, arrays: dict[str, Array], size: int, reserve: Callable[[int], None], *, pinned: bool) -> None:
+    def __init__(
+        self,
+        arrays: dict[str, Array],
+        size: int,
+        reserve: Callable[[int], None],
+        *,
+        widest: int = 1,
+        pinned: bool,
+    ) -> None:
+        """widest: entries of a row of another input that is scored together with these."""
         self._arrays, self._size, self._reserve, self._pinned = arrays, size, reserve, pinned
         self._row_bytes = {name: _row_bytes(array) for name, array in arrays.items()}
         entries = (_row_bytes(array) // array.dtype.itemsize for array in arrays.values())
-        self.rows = block_rows(max(entries, default=1))
+        self.rows = block_rows(max(widest, *entries, 1))
         self.full: deque[Block] = deque()
         self.ready: deque[Block] = deque()
         self._open: dict[int, Block] = {}

@@ -378,12 +378,14 @@ def read_stream_request(data: bytes) -> StreamMessage:
 
 #: The first bytes of fields: the chunk in a stream's message; path, offset, data and crc32 in the chunk.
 _CHUNK, _PATH, _OFFSET, _DATA, _CRC32 = 0x12, 0x0A, 0x10, 0x1A, 0x25
+#: The most bytes that protobuf takes for a length and for a number.
+_LENGTH, _NUMBER = 5, 10
 
 
 def _read_chunk(data: bytes) -> Part | None:
     """A chunk read by hand, each field once and nothing else; None: leave it to protobuf."""
     try:
-        length, at = _varint(data, 1)
+        length, at = _varint(data, 1, _LENGTH)
         if data[0] != _CHUNK or at + length != len(data):
             return None
         fields: dict[int, Any] = {}
@@ -394,7 +396,7 @@ def _read_chunk(data: bytes) -> Part | None:
             if tag == _CRC32:
                 fields[tag], at = int.from_bytes(data[at : at + 4], "little"), at + 4
                 continue
-            value, at = _varint(data, at)
+            value, at = _varint(data, at, _NUMBER if tag == _OFFSET else _LENGTH)
             if tag == _OFFSET:
                 fields[tag] = value
             else:
@@ -407,15 +409,15 @@ def _read_chunk(data: bytes) -> Part | None:
     return Part(path, fields.get(_OFFSET, 0), fields.get(_DATA, memoryview(b"")), fields.get(_CRC32))
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at a position, and the position after it. Raises IndexError where it does not end."""
-    value = shift = 0
-    while True:
-        byte = data[at]
+def _varint(data: bytes, at: int, most: int) -> tuple[int, int]:
+    """The number at a position, and the position after it. Raises IndexError where it has more than `most` bytes."""
+    value = 0
+    for shift in range(0, 7 * most, 7):
+        byte, at = data[at], at + 1
         value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80 or shift > 63:
+        if byte < 0x80:
             return value, at
+    raise IndexError
 
 
 def encode_admitted(request_id: str, reserved: int) -> StreamResponse:
