@@ -14,7 +14,7 @@ from queryselect_service.strategy import ScoreKind, Selection, strategy
 
 
 @strategy(
-    Spec, kind=ScoreKind.KEY, cost="O(k)", citation="none", pool_scores=False, memory=lambda _: 0, work=lambda _: 1.0
+    Spec, kind=ScoreKind.KEY, cost="O(k)", citation="none", pool_scores=False, memory=lambda *_: 0, work=lambda _: 1.0
 )
 def hold(embeddings: Annotated[Tensor, "N D"], *, k: int) -> Selection:
     """Takes the first rows."""

@@ -303,7 +303,7 @@ class _Bar:
         self._budget = budget
 
     def __enter__(self) -> ProgressCallback:
-        self._bar, self._phase = tqdm(total=self._budget, unit=""), ""
+        self._bar, self._phase = tqdm(total=self._budget, unit="", miniters=1), ""
         return self._update
 
     def __exit__(self, *_: object) -> None:
@@ -314,6 +314,7 @@ class _Bar:
             self._phase = phase
             self._bar.unit, self._bar.unit_scale = ("B", True) if phase == "receiving" else ("", False)
             self._bar.set_description(phase, refresh=False)
+            self._bar.total = total  # reset draws, and keeps the old one for None
             self._bar.reset(total)
         self._bar.total = total
         self._bar.update(done - self._bar.n)

@@ -109,12 +109,12 @@ def from_response(message: selection_pb2.SelectResponse, ids: Any, apart: Mappin
     return Picks(
         indices=indices,
         scores=np.empty(0) if scores is None else scores,
-        score_kind=_enum_name(strategy_pb2.ScoreKind.DESCRIPTOR, message.score_kind),
-        stop_reason=_enum_name(selection_pb2.StopReason.DESCRIPTOR, message.stop_reason),
+        score_kind=enum_name(strategy_pb2.ScoreKind.DESCRIPTOR, message.score_kind),
+        stop_reason=enum_name(selection_pb2.StopReason.DESCRIPTOR, message.stop_reason),
         strategy=getattr(message.strategy, message.strategy.WhichOneof("kind") or "custom"),
         warnings=tuple(
             Warning(
-                _enum_name(selection_pb2.WarningCode.DESCRIPTOR, each.code), each.message, np.array(each.rows, np.int64)
+                enum_name(selection_pb2.WarningCode.DESCRIPTOR, each.code), each.message, np.array(each.rows, np.int64)
             )
             for each in message.warnings
         ),
@@ -124,7 +124,7 @@ def from_response(message: selection_pb2.SelectResponse, ids: Any, apart: Mappin
                 for name in ("queue", "receive", "decode", "transfer", "kernel", "total")
             },
             device=info.device,
-            compute_dtype=_enum_name(tensor_pb2.DataType.DESCRIPTOR, info.compute_dtype).lower(),
+            compute_dtype=enum_name(tensor_pb2.DataType.DESCRIPTOR, info.compute_dtype).lower(),
             peak_bytes=info.peak_bytes if info.HasField("peak_bytes") else None,
             version=info.version,
             seed=info.seed,
@@ -138,7 +138,7 @@ def from_response(message: selection_pb2.SelectResponse, ids: Any, apart: Mappin
     )
 
 
-def _enum_name(descriptor: EnumDescriptor, number: int) -> str:
+def enum_name(descriptor: EnumDescriptor, number: int) -> str:
     """The value's name without its prefix; its number where a newer server sent one unknown here."""
     value = descriptor.values_by_number.get(number)
     prefix = descriptor.values_by_number[0].name.removesuffix("UNSPECIFIED")

@@ -11,6 +11,7 @@ import grpc
 from numpy.typing import NDArray
 
 from queryselect._errors import Cancelled, DataLoss, from_rpc, from_status
+from queryselect._picks import enum_name
 from queryselect._request import Prepared
 from queryselect._upload import Download, Upload, serialize
 from queryselect.v1 import (
@@ -108,7 +109,10 @@ class Remote:
             return self._stream(prepared, timeout, cancel, report)
         report("selecting", 0, prepared.message.stop.max_items)  # a unary call tells nothing on its way
         prepared.inline()
-        call = self._selection.Select.future(prepared.message, timeout=timeout, metadata=self._metadata)
+        request_id = prepared.message.request_id
+        call = _begun(
+            self._selection.Select.future, prepared.message, timeout=timeout, metadata=self._named(request_id)
+        )
         cancel.attach(call.cancel)
         return _result(call.result, prepared.message.request_id), {}
 
@@ -116,7 +120,8 @@ class Remote:
         upload, download = Upload(prepared), Download()
         if upload.num_bytes:
             report("receiving", 0, upload.num_bytes)
-        call = self._select_stream(iter(upload), timeout=timeout, metadata=self._metadata)
+        request_id = prepared.message.request_id
+        call = _begun(self._select_stream, iter(upload), timeout=timeout, metadata=self._named(request_id))
         cancel.attach(call.cancel)
 
         def listen() -> None:
@@ -125,7 +130,7 @@ class Remote:
                     upload.admit(response.admitted.recommended_chunk_bytes)
                 elif response.HasField("progress"):
                     progress = response.progress
-                    phase = selection_pb2.Phase.Name(progress.phase).removeprefix("PHASE_").lower()
+                    phase = enum_name(selection_pb2.Phase.DESCRIPTOR, progress.phase).lower()
                     report(phase, progress.done, progress.total if progress.HasField("total") else None)
                 elif response.HasField("result"):
                     download.start(response.result)
@@ -135,11 +140,16 @@ class Remote:
         try:
             _result(listen, prepared.message.request_id)
         finally:
-            upload.stop()
             call.cancel()  # where the caller's own callback has failed; after the end it does nothing
+            upload.stop()
         if download.message is None or not download.complete:
             raise DataLoss("the stream ended before the whole answer came", request_id=prepared.message.request_id)
         return download.message, download.arrays
+
+    def _named(self, request_id: str) -> Any:
+        """Metadata with the id, so that a server that refuses the call unread can name it too."""
+        fine = request_id and request_id.isascii() and request_id.isprintable()  # what is not, the server refuses
+        return (*self._metadata, ("x-request-id", request_id)) if fine else self._metadata
 
     def list_strategies(self, timeout: float | None) -> strategy_pb2.ListStrategiesResponse:
         """Asks for the strategies."""
@@ -154,6 +164,14 @@ class Remote:
     def close(self) -> None:
         """Closes the channel; running calls are cancelled."""
         self._channel.close()
+
+
+def _begun(start: Callable[..., Any], message: Any, **options: Any) -> Any:
+    """The call. Raises Cancelled where the channel was closed a moment ago."""
+    try:
+        return start(message, **options)
+    except ValueError as error:
+        raise Cancelled(f"the client was closed: {error}") from None
 
 
 def _result(ask: Callable[[], Answer], request_id: str = "") -> Answer:

@@ -111,7 +111,7 @@ class Download:
     def __init__(self) -> None:
         self.message: selection_pb2.SelectResponse | None = None
         self.arrays: dict[str, np.ndarray[Any, Any]] = {}
-        self._missing: dict[str, int] = {}
+        self._parts: dict[str, list[tuple[int, int]]] = {}  # first byte and the one after the last, by path
 
     def start(self, message: selection_pb2.SelectResponse) -> None:
         """The result itself."""
@@ -120,16 +120,30 @@ class Download:
             tensor = getattr(message, path)
             if tensor.WhichOneof("source") == "streamed":
                 self.arrays[path] = np.empty(tuple(tensor.shape), NUMPY[tensor.dtype])
-                self._missing[path] = self.arrays[path].nbytes
+                self._parts[path] = []
 
     def write(self, part: selection_pb2.Chunk) -> None:
         """A part of one of its tensors; of a tensor that this client does not ask for, nothing."""
         if part.path in self.arrays:
-            data = np.frombuffer(part.data, np.uint8)
-            self.arrays[part.path].reshape(-1).view(np.uint8)[part.offset : part.offset + len(data)] = data
-            self._missing[part.path] -= len(data)
+            data, whole = np.frombuffer(part.data, np.uint8), self.arrays[part.path].reshape(-1).view(np.uint8)
+            stop = part.offset + len(data)
+            if part.offset >= 0 and stop <= len(whole):
+                whole[part.offset : stop] = data
+                self._parts[part.path].append((part.offset, stop))
 
     @property
     def complete(self) -> bool:
         """Whether the result and all its parts are here."""
-        return self.message is not None and not any(self._missing.values())
+        return self.message is not None and all(
+            _joined(parts) == self.arrays[path].nbytes for path, parts in self._parts.items()
+        )
+
+
+def _joined(parts: list[tuple[int, int]]) -> int:
+    """The length of parts that follow each other without gap or overlap; -1 where they don't."""
+    at = 0
+    for start, stop in sorted(parts):
+        if start != at:
+            return -1
+        at = stop
+    return at

@@ -163,7 +163,7 @@ class Place:
         """The bytes that the request will need on the host, and on the device where that has memory of its own."""
         request, strategy = self._request, self._request.strategy
         sizes = request.sizes
-        working = 0 if request.validate_only else strategy.memory(sizes)
+        working = 0 if request.validate_only else strategy.memory(sizes, request.spec)
         host = self._held + request.extra_bytes + 2 * request.answer_bytes  # as tensors, and as a message
         if self._engine.own_memory is None:
             return host + working, 0

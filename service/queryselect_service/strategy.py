@@ -142,7 +142,7 @@ class Sizes:
     multilabel: bool = False
 
 
-def _unknown_memory(sizes: Sizes) -> int:
+def _unknown_memory(sizes: Sizes, _: Spec) -> int:
     """What a plug-in is taken to need that does not say: a float64 copy of its inputs, and a few numbers per row."""
     return 8 * sizes.inputs // sizes.item + 64 * sizes.N
 
@@ -167,7 +167,7 @@ class Strategy:
     seeded: bool
     pool_scores: bool
     cost: str
-    memory: Callable[[Sizes], int]
+    memory: Callable[[Sizes, Any], int]
     work: Callable[[Sizes], float]
     citation: str
     custom: bool = False
@@ -192,7 +192,7 @@ def strategy(
     kind: ScoreKind,
     cost: str,
     citation: str,
-    memory: Callable[[Sizes], int] = _unknown_memory,
+    memory: Callable[[Sizes, Any], int] = _unknown_memory,
     work: Callable[[Sizes], float] = _unknown_work,
     tasks: tuple[Task, ...] = (Task.MULTICLASS, Task.MULTILABEL),
     pool_scores: bool = True,
@@ -206,8 +206,8 @@ def strategy(
     Selection. `probabilities` come as float64, whether the caller sent them or logits. The function itself stays as it
     is, a plain function.
 
-    memory: the most bytes that the kernel holds at once beside its inputs, never less than it does and at most twice
-    that of inputs and all. work: multiply-adds, to tell short selections from long ones.
+    memory(sizes, spec): the most bytes that the kernel holds at once beside its inputs; never less than it does, and at
+    most twice that, inputs and all. work(sizes): multiply-adds, to tell short selections from long ones.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -254,7 +254,7 @@ def pointwise(
     copies: how many float64 copies of a block may take memory at once: those alive, and what the allocator keeps.
     """
 
-    def memory(sizes: Sizes) -> int:
+    def memory(sizes: Sizes, _: Spec) -> int:
         entries = max(1, sizes.inputs // sizes.item // max(1, sizes.N))  # of a row
         block = block_rows(entries) * entries
         block = min(block, sizes.N * entries) * (2 if sizes.multilabel else 1)

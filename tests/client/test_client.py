@@ -22,7 +22,6 @@ from queryselect import (
     KCenterGreedy,
     Picks,
     QuerySelectError,
-    TooLarge,
     Unsupported,
 )
 from queryselect.v1 import strategy_pb2

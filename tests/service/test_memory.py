@@ -91,7 +91,7 @@ def estimate(case: Case) -> int:
     sizes = Sizes(
         N=case.rows, k=case.k, L=case.labeled, item=item, inputs=inputs, multilabel=case.task == "MULTILABEL", **letters
     )
-    return strategy.memory(sizes)
+    return strategy.memory(sizes, build(strategy.spec, dict(case.params)))
 
 
 def measured(case: Case) -> tuple[int, int]:

@@ -22,10 +22,11 @@ class KCenterGreedy(Spec):
     normalize: bool = parameter(False, "Whether every row is scaled to unit Euclidean length first")
 
 
-def _memory(sizes: Sizes) -> int:
-    """A moved copy of the rows, which not all inputs need; centres; a dozen numbers per row; spans of float64 rows."""
+def _memory(sizes: Sizes, spec: KCenterGreedy) -> int:
+    """A moved copy of the rows where Points makes one, centres, a dozen numbers per row, and spans of float64 rows."""
     wide = max(4, sizes.item)
-    return sizes.N * (sizes.D * wide + 24 + 8 * wide) + (sizes.L + sizes.k) * sizes.D * sizes.item + (40 << 20)
+    copy = sizes.D * wide if spec.normalize or sizes.item < wide else 0
+    return sizes.N * (copy + 24 + 8 * wide) + 2 * (sizes.L + sizes.k) * sizes.D * sizes.item + (48 << 20)
 
 
 @strategy(

@@ -21,6 +21,8 @@ CENTRES, CENTRE_ENTRIES = 256, 1 << 20
 TERMS = 2048
 #: Bytes per entry that work on float64 rows touches: they are made, scaled, shifted and read, in memory of their own.
 EXACT_BYTES = 48
+#: How much longer a span whose rows are moved first may take than another of its length.
+MOVE_COST = 4
 #: The mean is far where its length is more than 4 times a row's distance from it, here squared. Up to there some 5 rows
 #: per pick are compared exactly instead of 2; at 32 times it would be thousands.
 FAR = 4.0**2
@@ -38,9 +40,10 @@ class Points:
 
         |x - c|^2 = |x - m|^2 + |c'|^2 + 2 o.c' - 2 w.c'    where w = x, o = m    or    w = x - m, o = 0.
 
-    The rows w are `work`. As a rule they are the rows as given, which saves a copy of all. They are copied and moved
-    where products of the rows as given would not do: half types, `normalize`, a scale, or a mean so far away that it
-    would blur them. m is rounded to bfloat16, so that differences from it are exact for integer or fixed-point data.
+    As a rule w are the rows as given. They are moved where products of the rows as given would not do: with a scale, or
+    a mean so far away that it would blur them, span by span and again for every centre; with half types and
+    `normalize`, where that would take long, once and into a copy. m is rounded to bfloat16, so that differences from it
+    are exact for integer or fixed-point data.
     """
 
     def __init__(self, embeddings: Tensor, pool: Shards, *, normalize: bool = False) -> None:
@@ -59,9 +62,12 @@ class Points:
             self.norms[span] = torch.linalg.vector_norm(self._moved(embeddings[span]), dim=1).square_()
 
         far = pool.sum((FAR * self.norms < self.shift.square().sum()).sum())
-        self.work, self.origin = embeddings, self.shift
-        if normalize or embeddings.dtype != dtype or self.scale != 1 or 2 * far > pool.size:
-            self.work, self.origin = torch.empty(n, dims, dtype=dtype, device=device), torch.zeros_like(self.shift)
+        copied = normalize or embeddings.dtype != dtype
+        moved = copied or self.scale != 1 or bool(2 * far > pool.size)
+        self.work, self.move = embeddings, moved and not copied
+        self.origin = torch.zeros_like(self.shift) if moved else self.shift
+        if copied:
+            self.work = torch.empty(n, dims, dtype=dtype, device=device)
             for span in pool.spans(n, EXACT_BYTES * dims):
                 self.work[span] = self._moved(embeddings[span])
         self._error = _rounding(dtype, dims)
@@ -115,19 +121,23 @@ class Points:
             moved = self._moved(batch)  # (c, D)
             some = moved.to(dtype)
             their = (moved.square().sum(1) + 2 * (some.double() @ self.origin)).to(dtype)  # (c,), |c'|^2 + 2 o.c'
-            for span in self.pool.spans(len(self.work), self.work.element_size() * (dims + 4 * len(some))):
+            touched = dims * (MOVE_COST if self.move else 1) + 4 * len(some)
+            for span in self.pool.spans(len(self.work), self.work.element_size() * touched):
                 squared = self._squared(span, some, their)
                 torch.minimum(nearest[span], squared, out=nearest[span])
 
     def _squared(self, span: slice, some: Tensor, their: Tensor) -> Tensor:
         """The fast squared distances (s,) of a span of rows to the nearest of `some` (c, D)."""
+        rows = self.work[span]
+        if self.move:  # a power of two times a row is exact, so that this rounds once
+            rows = torch.sub(rows * self.scale if self.scale != 1 else rows, self.shift.to(rows.dtype))
         squared = self.norms[span, None] + their  # (s, c)
         for start in range(0, some.shape[1], TERMS):
             terms = slice(start, start + TERMS)
             if len(some) == 1:
-                squared[:, 0].addmv_(self.work[span, terms], some[0, terms], alpha=-2)
+                squared[:, 0].addmv_(rows[:, terms], some[0, terms], alpha=-2)
             else:
-                squared.addmm_(self.work[span, terms], some[:, terms].T, alpha=-2)
+                squared.addmm_(rows[:, terms], some[:, terms].T, alpha=-2)
         return squared.amin(1).clamp_min_(0)
 
     def direct(self, rows: Tensor, *centres: Tensor) -> Tensor:
