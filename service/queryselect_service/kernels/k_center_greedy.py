@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from queryselect_service.maths.distances import Points
-from queryselect_service.shards import Shards
+from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import Notice, NoticeCode, ScoreKind, Selection, Sizes, strategy
 
@@ -26,7 +26,8 @@ def _memory(sizes: Sizes, spec: KCenterGreedy) -> int:
     """A moved copy of the rows where Points makes one, centres, a dozen numbers per row, and spans of float64 rows."""
     wide = max(4, sizes.item)
     copy = sizes.D * wide if spec.normalize or sizes.item < wide else 0
-    return sizes.N * (copy + 24 + 8 * wide) + 2 * (sizes.L + sizes.k) * sizes.D * sizes.item + (48 << 20)
+    spans = min(3 * SPAN_BYTES // 2, 4 * 8 * sizes.N * sizes.D)
+    return sizes.N * (copy + 24 + 8 * wide) + 2 * (sizes.L + sizes.k) * sizes.D * sizes.item + spans
 
 
 @strategy(

@@ -117,20 +117,25 @@ class Points:
     def update_nearest(self, nearest: Tensor, centres: Tensor) -> None:
         """Lowers `nearest` (n,), in place, to the fast squared distances to `centres` (m, D), rows as given."""
         dims, dtype = self.work.shape[1], self.work.dtype
+        room = self.work[:0]
         for batch in _batches(centres):
             moved = self._moved(batch)  # (c, D)
             some = moved.to(dtype)
             their = (moved.square().sum(1) + 2 * (some.double() @ self.origin)).to(dtype)  # (c,), |c'|^2 + 2 o.c'
             touched = dims * (MOVE_COST if self.move else 1) + 4 * len(some)
             for span in self.pool.spans(len(self.work), self.work.element_size() * touched):
-                squared = self._squared(span, some, their)
+                if self.move and span.stop - span.start > len(room):
+                    room = torch.empty_like(self.work[span])
+                squared = self._squared(span, some, their, room)
                 torch.minimum(nearest[span], squared, out=nearest[span])
 
-    def _squared(self, span: slice, some: Tensor, their: Tensor) -> Tensor:
-        """The fast squared distances (s,) of a span of rows to the nearest of `some` (c, D)."""
+    def _squared(self, span: slice, some: Tensor, their: Tensor, room: Tensor) -> Tensor:
+        """The fast squared distances (s,) of a span of rows to the nearest of `some` (c, D). room: for moved rows."""
         rows = self.work[span]
         if self.move:  # a power of two times a row is exact, so that this rounds once
-            rows = torch.sub(rows * self.scale if self.scale != 1 else rows, self.shift.to(rows.dtype))
+            shift = self.shift.to(rows.dtype)
+            scaled = rows if self.scale == 1 else torch.mul(rows, self.scale, out=room[: len(rows)])
+            rows = torch.sub(scaled, shift, out=room[: len(rows)])
         squared = self.norms[span, None] + their  # (s, c)
         for start in range(0, some.shape[1], TERMS):
             terms = slice(start, start + TERMS)
