@@ -159,13 +159,13 @@ def test_no_room_in_the_line_is_busy_and_the_room_comes_back():
 def test_memory_is_set_aside_while_a_selection_waits_and_comes_back():
     with serving(max_host_bytes=1_000_000) as (started, client):
         running = busy_device(client, 0.6)
-        waiting = client.submit("random", 1, num_rows=10_000)
+        waiting = client.submit("random", 1, num_rows=20_000)
         time.sleep(0.15)
         with pytest.raises(Busy, match="bytes are needed"):
-            client.select("random", 1, num_rows=10_000)
+            client.select("random", 1, num_rows=20_000)
         running.result(5)
         waiting.result(5)
-        assert len(client.select("random", 1, num_rows=10_000)) == 1
+        assert len(client.select("random", 1, num_rows=20_000)) == 1
         assert started.frontend.service.engine.host.reserved == 0
         with pytest.raises(TooLarge, match=r"random needs about \d+ bytes on cpu, which has 1000000") as caught:
             client.select("random", 1, num_rows=100_000)
