@@ -26,10 +26,12 @@ def describe() -> dict[str, str]:
 class Usage:
     """What a process uses from now on: CPU seconds, and the most memory beyond what it has now, in MB."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, before: float | None = None) -> None:
+        """before: the resident memory, in MB, that counts as nothing; what there is now unless told."""
         self._path = Path(f"/proc/{pid}")
         (self._path / "clear_refs").write_text("5")  # the peak starts anew
-        self._before, self._cpu = self._status("VmRSS"), self._seconds()
+        self.before = self._status("VmRSS") if before is None else before
+        self._cpu = self._seconds()
 
     @property
     def cpu(self) -> float:
@@ -39,12 +41,12 @@ class Usage:
     @property
     def now(self) -> float:
         """The resident memory now, less what there was, in MB."""
-        return self._status("VmRSS") - self._before
+        return self._status("VmRSS") - self.before
 
     @property
     def peak(self) -> float:
         """The most resident memory since, less what there was, in MB."""
-        return self._status("VmHWM") - self._before
+        return self._status("VmHWM") - self.before
 
     def _seconds(self) -> float:
         fields = (self._path / "stat").read_text().rpartition(")")[2].split()

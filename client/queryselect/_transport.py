@@ -200,8 +200,14 @@ class InProcess:
         """One call; arrays are not copied."""
         report("selecting", 0, prepared.message.stop.max_items)
 
+        failed: list[BaseException] = []
+
         def note(done: int, total: int) -> None:
-            report("selecting", done, total)
+            try:
+                report("selecting", done, total)
+            except BaseException as error:  # noqa: BLE001  # the caller's own: raised below, in the caller's thread
+                failed.append(error)
+                call.gone.set()
 
         call = self._local.call(prepared.message.request_id, timeout, note)
         cancel.attach(call.gone.set)
@@ -209,6 +215,8 @@ class InProcess:
         try:
             return self._local.select(prepared.message, buffers, call), {}
         except self._failure as error:
+            if failed:
+                raise failed[0] from None
             raise from_status(error.status, call.request_id) from error.__cause__
 
     def list_strategies(self, timeout: float | None) -> strategy_pb2.ListStrategiesResponse:  # noqa: ARG002

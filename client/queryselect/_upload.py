@@ -58,21 +58,28 @@ class Upload:
         rows = {path: array for path, array in self._large.items() if _per_row(path)}
         for path, array in self._large.items():
             if path not in rows:
-                yield from (chunk for _, _, chunk in self._chunks(path, array))
-        for _, _, chunk in heapq.merge(*(self._chunks(path, array) for path, array in rows.items())):
+                yield from (chunk for _, _, chunk in self._chunks(path, array, self._chunk_bytes))
+        widest = max((_row_bytes(array) for array in rows.values()), default=1)
+        step = max(1, self._chunk_bytes // widest)  # rows
+        parts = (self._chunks(path, array, step * _row_bytes(array)) for path, array in rows.items())
+        for _, _, chunk in heapq.merge(*parts):
             yield chunk
 
-    def _chunks(self, path: str, array: WireArray) -> Iterator[tuple[float, str, bytes]]:
-        """An array's chunks, each with how far into the array it begins."""
+    def _chunks(self, path: str, array: WireArray, step: int) -> Iterator[tuple[float, str, bytes]]:
+        """An array's chunks of `step` bytes, each with how far into the array it begins."""
         data = array.data.reshape(-1).view(np.uint8).data
-        for offset in range(0, len(data), self._chunk_bytes):
-            yield offset / len(data), path, chunk(path, offset, data[offset : offset + self._chunk_bytes])
+        for offset in range(0, len(data), step):
+            yield offset / len(data), path, chunk(path, offset, data[offset : offset + step])
 
 
 def _per_row(path: str) -> bool:
     """Whether the array at `path` has a row for every row of the pool."""
     owner, _, name = path.partition(".")
     return owner == "pool" and name not in NOT_PER_ROW
+
+
+def _row_bytes(array: WireArray) -> int:
+    return array.data.nbytes // array.shape[0]
 
 
 def chunk(path: str, offset: int, data: memoryview) -> bytes:

@@ -23,8 +23,17 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from queryselect_service.errors import Busy, Cancelled, DeadlineExceeded, DoesNotFit, OutOfMemory, OverLimit
+from queryselect_service.errors import (
+    Busy,
+    Cancelled,
+    DeadlineExceeded,
+    DoesNotFit,
+    OutOfMemory,
+    OverLimit,
+    Unavailable,
+)
 from queryselect_service.queue import RETRY_AFTER, Job, Queue, Room
 from queryselect_service.request import Problem, Request
 from queryselect_service.settings import Settings
@@ -37,6 +46,8 @@ Result = TypeVar("Result")
 POLL = 0.05
 #: The part of a GPU's memory that requests may fill; the rest is for its libraries.
 DEVICE_PART = 0.9
+#: Bytes that travel to a GPU at once.
+STAGE_BYTES = 32 << 20
 
 
 @dataclass(eq=False)
@@ -50,10 +61,10 @@ class Call:
 
     def check(self) -> None:
         """Raises Cancelled or DeadlineExceeded."""
+        if self.deadline is not None and time.monotonic() > self.deadline:  # first: then the caller goes, too
+            raise DeadlineExceeded("the caller's deadline has passed")
         if self.gone.is_set():
             raise Cancelled("the caller has gone")
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise DeadlineExceeded("the caller's deadline has passed")
 
 
 @dataclass
@@ -78,8 +89,13 @@ class Engine:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
         self.queue = Queue(settings.queue_ageing)
-        self.host = Room(str(self.device), settings.max_queue + 1, settings.max_host_bytes)
-        self._separate: Room | None = None  # the device's own memory, where it has some
+        where = "cpu" if self.device.type == "cpu" else "the host"
+        self.host = Room(where, settings.max_queue + 1, settings.max_host_bytes)
+        self.own_memory: Room | None = None  # the device's own, where it has some that is not the host's
+        if self.device.type == "cuda":
+            self.probe()  # a device that is not there is told of as such
+            _, total = self.memory()
+            self.own_memory = Room(str(self.device), self.host.places, int(DEVICE_PART * total))
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         weakref.finalize(self, self.queue.close)
@@ -118,13 +134,31 @@ class Engine:
         finally:
             place.leave()
 
-    @property
-    def own_memory(self) -> Room | None:
-        """The device's own memory, which is not the host's. None for a CPU."""
-        if self.device.type == "cuda" and self._separate is None:
-            _, total = self.memory()
-            self._separate = Room(str(self.device), self.host.places, int(DEVICE_PART * total))
-        return self._separate
+    def move(self, x: Tensor, check: Callable[[], None]) -> Tensor:
+        """`x` on the device.
+
+        To a GPU by two pieces of page-locked memory in turn: one is filled while the other travels, little memory is
+        locked, and `check` may stop it in between.
+        """
+        if self.device.type != "cuda":
+            return x
+        source = x.contiguous().reshape(-1).view(torch.uint8)
+        moved = torch.empty(x.shape, dtype=x.dtype, device=self.device)
+        target, size = moved.reshape(-1).view(torch.uint8), min(STAGE_BYTES, len(source))
+        with torch.cuda.device(self.device):
+            stages = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            sent = [torch.cuda.Event() for _ in stages]  # type: ignore[no-untyped-call]
+            try:
+                for number, start in enumerate(range(0, len(source), STAGE_BYTES)):
+                    check()
+                    at, piece = number % 2, source[start : start + STAGE_BYTES]
+                    sent[at].synchronize()  # returns at once where nothing was recorded
+                    staged = stages[at][: len(piece)].copy_(piece)
+                    target[start : start + STAGE_BYTES].copy_(staged, non_blocking=True)
+                    sent[at].record()
+            finally:
+                torch.cuda.synchronize(self.device)  # what is locked may be used again, and times are what they say
+        return moved
 
     def put(self, job: Job[Any]) -> None:
         """Lets the job wait for its turn."""
@@ -148,7 +182,7 @@ class Place:
     def __init__(
         self, engine: Engine, request: Request, call: Call, times: Times, *, held: int, resident: bool
     ) -> None:
-        self._engine, self._request, self.call, self._times = engine, request, call, times
+        self._engine, self._request, self.call, self.times = engine, request, call, times
         self._held, self._resident = held, resident
         self._host, self._own = self._needs()
         self._rooms: list[tuple[Room, int]] = []  # entered, and the bytes set aside there
@@ -175,13 +209,15 @@ class Place:
         limit = engine.settings.max_host_bytes
         if self._held > limit:
             raise OverLimit("bytes of host memory", self._held, limit, name="max_host_bytes", field="pool")
-        own, name = engine.own_memory, request.strategy.name
-        room, need = (engine.host, self._host) if own is None else (own, self._own)
-        if need > room.capacity:
-            raise DoesNotFit(name, need, room.where, room.capacity)
-        for each, nbytes in ((engine.host, self._host), *([] if own is None else [(own, self._own)])):
-            each.enter(nbytes)
-            self._rooms.append((each, nbytes))
+        needs = [(engine.host, self._host)]
+        if engine.own_memory is not None:
+            needs.append((engine.own_memory, self._own))
+        for room, need in needs:
+            if need > room.capacity:
+                raise DoesNotFit(request.strategy.name, need, room.where, room.capacity)
+        for room, need in needs:
+            room.enter(need)
+            self._rooms.append((room, need))
 
     def reserve(self, nbytes: int) -> None:
         """Sets more host memory aside, or less where negative. Raises Busy or, where it can never be, OverLimit."""
@@ -221,19 +257,21 @@ class Place:
             pass
         return self.result(job)
 
-    def start_selection(self, problem: Callable[[], Problem]) -> Job[Selection]:
-        """Puts the selection itself in the line."""
+    def start_selection(self, problem: Callable[[], Problem], work: float | None = None) -> Job[Selection]:
+        """Puts the selection itself in the line. work: multiply-adds, where not all that the strategy needs is left."""
+        if work is None:
+            work = self._request.strategy.work(self._request.sizes)
 
         def select() -> Selection:
-            started, times = time.monotonic(), self._times
-            ready = problem().to(self._engine.device)
+            started, times = time.monotonic(), self.times
+            ready = problem().moved(self.move)
             times.transfer += time.monotonic() - started
             started = time.monotonic()
             selection = ready.solve(Whole(ready.size, self.call.check, self.call.report))
             times.kernel += time.monotonic() - started
             return selection
 
-        return self.start(select, self._request.strategy.work(self._request.sizes))
+        return self.start(select, work)
 
     def start(self, work: Callable[[], Result], size: float) -> Job[Result]:
         """Puts work in the line, one job at a time. size: multiply-adds."""
@@ -268,6 +306,10 @@ class Place:
         self._job = None
         return job.result()
 
+    def move(self, x: Tensor) -> Tensor:
+        """`x` on the device; stops where the caller has gone."""
+        return self._engine.move(x, self.call.check)
+
     def ahead(self, job: Job[Any]) -> int:
         """How many jobs stand between this one and the device."""
         return self._engine.queue.ahead(job)
@@ -281,7 +323,7 @@ class Place:
 
     def _guarded(self, work: Callable[[], Result], since: float) -> Result:
         """The work, in the device's thread."""
-        self._times.queue += time.monotonic() - since
+        self.times.queue += time.monotonic() - since
         cuda = self._engine.device.type == "cuda"
         try:
             self.call.check()
@@ -291,9 +333,11 @@ class Place:
                 result = work()
             if cuda:
                 peak = torch.cuda.max_memory_allocated(self._engine.device)
-                self._times.peak_bytes = max(peak, self._times.peak_bytes or 0)
+                self.times.peak_bytes = max(peak, self.times.peak_bytes or 0)
         except (MemoryError, RuntimeError) as error:
             if not _ran_out(error):
+                if str(error).startswith("CUDA error"):  # every later use of the device fails too
+                    raise Unavailable(f"{self._engine.device} is lost") from error
                 raise
             if cuda:
                 traceback.clear_frames(error.__traceback__)  # they hold the very tensors that filled the memory
@@ -305,4 +349,5 @@ class Place:
 
 def _ran_out(error: Exception) -> bool:
     """Whether memory ended: of the device, of Python, or of torch's allocator on the host, which has no own error."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    texts = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in texts)

@@ -8,6 +8,7 @@ there already, so that a large upload can be refused before it is sent. What com
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -50,6 +51,8 @@ INPUTS = {
 INTEGER_INPUTS = ("clusters", "pseudo_labels", "labels")
 #: The pool's lists of rows, each a boolean mask or integer indices.
 ROW_LISTS = ("labeled", "pending", "excluded", "candidates")
+#: Bytes of rows that are copied between two looks at whether the caller is still there.
+TAKE_BYTES = 64 << 20
 #: Those whose rows count as labelled.
 CONTEXT = ("labeled", "pending")
 
@@ -140,6 +143,7 @@ class Request:
             **letters,
             k=self.max_items or 0,
             item=max((array.dtype.itemsize for array in used), default=8),
+            entries=sum(math.prod(array.shape) for array in used),
             inputs=sum(array.nbytes for array in used),
             multilabel=self.task is Task.MULTILABEL,
         )
@@ -227,8 +231,8 @@ class Request:
     @property
     def extra_bytes(self) -> int:
         """The memory that `problem` takes beside the inputs: lists of rows, masks, and inputs without excluded rows."""
-        listed = sum(array.nbytes for array in self.row_lists.values())
-        extra = self.size + 16 * self.sizes.L + listed
+        lengths = (len(self.rows.get(name, range(*array.shape))) for name, array in self.row_lists.items())
+        extra = self.size + 24 * sum(lengths)  # as they came, as rows, and sorted
         if "excluded" in self.row_lists and not self.strategy.pointwise:
             extra += self.sizes.inputs + 16 * self.size
         return extra
@@ -272,8 +276,10 @@ class Request:
                         field="pool.ids",
                     )
 
-    def problem(self, scores: Tensor | None = None) -> Problem:
-        """What is left for the kernel; every value is here and checked. scores: (N,), where rows were scored already.
+    def problem(self, check: Callable[[], None], scores: Tensor | None = None) -> Problem:
+        """What is left for the kernel; every value is here and checked.
+
+        check: called between stretches of work; may raise. scores: (N,), where rows were scored already.
 
         Excluded rows are gone, but for strategies that score rows one by one: there they are merely no candidates, so
         that the blocks of rows that are scored together are the same however the rows came.
@@ -287,7 +293,7 @@ class Request:
             kept = keep.nonzero().squeeze(1)
             new = keep.cumsum(0) - 1  # (N,), the row's number among those kept
             rows = {name: new[each] for name, each in rows.items()}
-            inputs = {name: x[kept] if self.per_row(name) else x for name, x in inputs.items()}
+            inputs = {name: _take(x, kept, check) if self.per_row(name) else x for name, x in inputs.items()}
             size = len(kept)
         context = torch.cat([torch.empty(0, dtype=torch.int64), *(rows[name] for name in CONTEXT if name in rows)])
         candidates = torch.ones(size, dtype=torch.bool)
@@ -297,6 +303,16 @@ class Request:
             candidates = torch.zeros(size, dtype=torch.bool)
             candidates[rows["candidates"]] = True
         return Problem(self, inputs, size, candidates, context.sort().values, kept, scores)
+
+
+def _take(x: Tensor, rows: Tensor, check: Callable[[], None]) -> Tensor:
+    """The rows (r,) of `x` (n, ...), a stretch at a time."""
+    taken = x.new_empty(len(rows), *x.shape[1:])
+    step = max(1, TAKE_BYTES // max(1, x.element_size() * x[0].numel()))
+    for start in range(0, len(rows), step):
+        check()
+        torch.index_select(x, 0, rows[start : start + step], out=taken[start : start + step])
+    return taken
 
 
 @dataclass
@@ -315,13 +331,13 @@ class Problem:
     kept: Tensor | None
     scores: Tensor | None
 
-    def to(self, device: torch.device) -> Problem:
-        """The same on another device."""
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Problem:
+        """The same where `move` puts its tensors."""
         return dataclasses.replace(
             self,
-            inputs={name: x.to(device, non_blocking=True) for name, x in self.inputs.items()},
-            candidates=self.candidates.to(device),
-            context=self.context.to(device),
+            inputs={name: move(x) for name, x in self.inputs.items()},
+            candidates=move(self.candidates),
+            context=move(self.context),
         )
 
     def solve(self, pool: Shards) -> Selection:

@@ -6,15 +6,16 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from queryselect.v1 import (
     selection_pb2,
@@ -37,6 +38,8 @@ from queryselect_service.settings import Settings
 
 #: Threads beyond those that may wait for the device, so that health and descriptions never wait behind them.
 SPARE_THREADS = 16
+#: Reflection streams at a time.
+REFLECTIONS = 4
 #: Room in a message beside its tensors.
 HEADER_BYTES = 1 << 20
 #: Time for answers that are on their way when the port closes, in seconds.
@@ -71,6 +74,27 @@ class Server:
         if self._metrics is not None:
             self._metrics.shutdown()
             self._metrics.server_close()
+
+
+class BoundedReflection(reflection.ReflectionServicer):
+    """Reflection, of which each stream occupies a thread: a few at a time, and none for ever."""
+
+    def __init__(self, names: Sequence[str], patience: float) -> None:
+        super().__init__(names)
+        self._places, self._patience = threading.BoundedSemaphore(REFLECTIONS), patience
+
+    def ServerReflectionInfo(self, request_iterator: Iterable[Any], context: Any) -> Iterator[Any]:
+        """Answers questions about the proto."""
+        if not self._places.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{REFLECTIONS} reflections are under way already")
+        end = threading.Timer(self._patience, context.cancel)
+        end.daemon = True
+        end.start()
+        try:
+            yield from super().ServerReflectionInfo(request_iterator, context)
+        finally:
+            end.cancel()
+            self._places.release()
 
 
 class DeviceHealth(health.HealthServicer):
@@ -137,7 +161,8 @@ def start(settings: Settings) -> Server:
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for name in ("", *names):
         checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    described = BoundedReflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], settings.idle_stream)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, server)  # type: ignore[no-untyped-call]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     port = server.add_insecure_port(f"{host}:{settings.port}")
     endpoint, metrics_port = None, -1

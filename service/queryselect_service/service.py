@@ -49,7 +49,7 @@ class Service:
         if not request.validate_only:
             held = 0 if buffers else sum(array.nbytes for array in request.arrays)  # or they are the caller's own
             with self.engine.admit(request, call, times, held=held) as place:
-                selection = place.run(request.problem)
+                selection = place.run(lambda: request.problem(call.check))
         return self.answer(selection, request, call, times, started)
 
     def select_stream(self, messages: Iterator[wire.StreamMessage], call: Call) -> Stream:

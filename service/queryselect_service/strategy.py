@@ -126,8 +126,8 @@ class Input:
 class Sizes:
     """What the cost of a selection follows from: the letters (0 where the request has none), and bytes.
 
-    L: rows that count as labelled. k: picks. item: bytes of an entry of the widest input. inputs: bytes of all inputs.
-    multilabel: whether every probability becomes two.
+    L: rows that count as labelled. k: picks. item: bytes of an entry of the widest type. entries, inputs: how many
+    entries the inputs have together, and how many bytes. multilabel: whether every probability becomes two.
     """
 
     N: int = 0
@@ -138,18 +138,19 @@ class Sizes:
     L: int = 0
     k: int = 0
     item: int = 8
+    entries: int = 0
     inputs: int = 0
     multilabel: bool = False
 
 
 def _unknown_memory(sizes: Sizes, _: Spec) -> int:
     """What a plug-in is taken to need that does not say: a float64 copy of its inputs, and a few numbers per row."""
-    return 8 * sizes.inputs // sizes.item + 64 * sizes.N
+    return 8 * sizes.entries + 64 * sizes.N
 
 
 def _unknown_work(sizes: Sizes) -> float:
     """The work of a plug-in that does not say: a look at everything per pick."""
-    return sizes.inputs / sizes.item * max(1, sizes.k)
+    return float(sizes.entries * max(1, sizes.k))
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def pointwise(
     """
 
     def memory(sizes: Sizes, _: Spec) -> int:
-        entries = max(1, sizes.inputs // sizes.item // max(1, sizes.N))  # of a row
+        entries = max(1, sizes.entries // max(1, sizes.N))  # of a row
         block = block_rows(entries) * entries
         block = min(block, sizes.N * entries) * (2 if sizes.multilabel else 1)
         return 8 * copies * block + RANKING_BYTES * sizes.N + PICK_BYTES * sizes.k
@@ -266,7 +267,7 @@ def pointwise(
         cost=cost,
         citation=citation,
         memory=memory,
-        work=lambda sizes: 10.0 * sizes.inputs / sizes.item,
+        work=lambda sizes: 10.0 * sizes.entries,
         tasks=tasks,
         pointwise=True,
     )

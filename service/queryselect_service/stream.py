@@ -42,13 +42,14 @@ class Inbox:
         self._messages, self._waiting = messages, deque[wire.StreamMessage]()
         self._changed, self._ended, self._closed = threading.Condition(), False, False
         self._error: Exception | None = None
+        self._ahead = 1  # nothing but the start until there is room for more
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def _read(self) -> None:
         try:
             for message in self._messages:
                 with self._changed:
-                    self._changed.wait_for(lambda: len(self._waiting) < READ_AHEAD or self._closed)
+                    self._changed.wait_for(lambda: len(self._waiting) < self._ahead or self._closed)
                     if self._closed:
                         return
                     self._waiting.append(message)
@@ -60,6 +61,12 @@ class Inbox:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+
+    def admit(self) -> None:
+        """Chunks may come."""
+        with self._changed:
+            self._ahead = READ_AHEAD
+            self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
         """Waits for a message or the end, at most so long; whether there is something to take."""
@@ -115,13 +122,16 @@ class Stream:
         blockwise = any(in_blocks(request, name) for name in request.used if request.inputs[name].data is None)
         engine, selection = service.engine, None
         with engine.admit(request, call, times, held=held_bytes(request), resident=not blockwise) as place:
-            upload = Upload(request, place.reserve, pinned=engine.device.type == "cuda")
+            upload = Upload(request, place.reserve, call.check)
             scores = Scores(request, place, upload, engine.device) if blockwise else None
+            self._inbox.admit()
             yield wire.encode_admitted(call.request_id, place.reserved)
             yield from self._receive(upload, scores)
             place.settle()
             if not request.validate_only:
-                job = place.start_selection(lambda: request.problem(None if scores is None else scores.values))
+                values = None if scores is None else scores.values
+                left = None if scores is None else float(request.size)  # the ranking of what is scored
+                job = place.start_selection(lambda: request.problem(call.check, values), left)
                 yield from self._progress(place, job)
                 selection = place.result(job)
             large: wire.Large = {}
@@ -141,8 +151,10 @@ class Stream:
             message = self._inbox.take()
             if message is None:
                 return
+            said = not isinstance(message, Part) or len(message.data) > 0
             yield message
-            silent = time.monotonic()  # what was done with the message is no silence
+            if said:
+                silent = time.monotonic()  # what was done with the message is no silence
 
     def _receive(self, upload: Upload, scores: Scores | None) -> Iterator[wire.StreamResponse]:
         """Takes the chunks, and has rows scored as they come."""

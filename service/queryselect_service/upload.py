@@ -6,8 +6,8 @@ Requirements that the design meets:
 - One buffer per tensor, made before the first byte comes: a chunk's bytes are copied once, to where they belong.
 - Rows of a strategy that scores them one by one go into blocks instead, which are handed out when they are full and
   used again: the pool is never held. Blocks that chunks out of order leave half full count as memory like any other.
-- Values are checked as they come, in the order of the rows; a list of rows must be here before the first row is looked
-  at, because excluded rows may hold anything.
+- Values are checked as they come: in the order of the rows, or of blocks in the order in which they are full. Lists of
+  rows must be here before the first row is looked at, because excluded rows may hold anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from queryselect_service.checks import Array, elements
@@ -85,22 +84,22 @@ class Coverage:
 class Upload:
     """The tensors of one stream that are still to come."""
 
-    def __init__(self, request: Request, reserve: Callable[[int], None], *, pinned: bool = False) -> None:
-        """reserve: sets more memory aside; may raise. pinned: whether buffers are to be page-locked, for a GPU."""
-        self._request = request
+    def __init__(
+        self, request: Request, reserve: Callable[[int], None], check: Callable[[], None] = lambda: None
+    ) -> None:
+        """reserve: sets more memory aside; may raise. check: called between blocks of values; may raise."""
+        self._request, self._look = request, check
         self._expected = {array.path: array for array in request.arrays if array.data is None}
         self._coverage = {path: Coverage() for path in self._expected}
         names = [name for name in request.used if request.inputs[name].path in self._expected]
         by_block = [name for name in names if in_blocks(request, name)]
         blocked = {name: request.inputs[name] for name in by_block}
-        self.blocks = Blocks(blocked, request.size, reserve, widest=_widest(request), pinned=pinned)
+        self.blocks = Blocks(blocked, request.size, reserve, widest=_widest(request))
         self._names = {request.inputs[name].path: name for name in names}
         unread = {request.inputs[name].path for name in request.inputs if name not in request.used}
         apart = {request.inputs[name].path for name in by_block}
         self._buffers = {
-            path: _bytes(array.nbytes, pinned=pinned)
-            for path, array in self._expected.items()
-            if path not in unread | apart
+            path: _bytes(array.nbytes) for path, array in self._expected.items() if path not in unread | apart
         }
         # What must be here before rows can be looked at: lists of rows, and inputs that are not per row.
         per_row = {request.inputs[name].path for name in names if request.per_row(name)}
@@ -164,7 +163,7 @@ class Upload:
         if path in self._first:
             self._first.remove(path)
             if path in self._names:
-                self._request.check_values(self._names[path], array.data, 0)
+                self._request.check_values(self._names[path], array.data, 0, self._look)
             else:
                 self._request.check_rows()
 
@@ -180,12 +179,12 @@ class Upload:
             if rows > checked:
                 span = slice(checked * _row_bytes(array), rows * _row_bytes(array))
                 data = elements(path, self._buffers[path][span], array.dtype, (rows - checked, *array.shape[1:]))
-                self._request.check_values(name, data, checked)
+                self._request.check_values(name, data, checked, self._look)
                 self._checked[path] = rows
         while self.blocks.full:
             block = self.blocks.full.popleft()
             for name, data in block.tensors.items():
-                self._request.check_values(name, data, block.start)
+                self._request.check_values(name, data, block.start, self._look)
             self.blocks.ready.append(block)
 
 
@@ -234,10 +233,9 @@ class Blocks:
         reserve: Callable[[int], None],
         *,
         widest: int = 1,
-        pinned: bool,
     ) -> None:
         """widest: entries of a row of another input that is scored together with these."""
-        self._arrays, self._size, self._reserve, self._pinned = arrays, size, reserve, pinned
+        self._arrays, self._size, self._reserve = arrays, size, reserve
         self._row_bytes = {name: _row_bytes(array) for name, array in arrays.items()}
         entries = (_row_bytes(array) // array.dtype.itemsize for array in arrays.values())
         self.rows = block_rows(max(widest, *entries, 1))
@@ -272,7 +270,7 @@ class Blocks:
         buffers = (
             self._free.pop()
             if self._free
-            else {name: _bytes(self.rows * each, pinned=self._pinned) for name, each in self._row_bytes.items()}
+            else {name: _bytes(self.rows * each) for name, each in self._row_bytes.items()}
         )
         start = number * self.rows
         rows = min(self.rows, self._size - start)
@@ -292,7 +290,5 @@ def _row_bytes(array: Array) -> int:
     return array.nbytes // array.shape[0]
 
 
-def _bytes(size: int, *, pinned: bool) -> Bytes:
-    if pinned:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+def _bytes(size: int) -> Bytes:
     return np.empty(size, np.uint8)

@@ -67,6 +67,10 @@ def ended(jobs: dict[str, object]) -> list[str]:
     return names
 
 
+def target(started: server.Server) -> str:
+    return f"127.0.0.1:{started.port}"
+
+
 def gauges(started: server.Server) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{started.metrics_port}/metrics", timeout=5) as answer:
         lines = answer.read().decode().splitlines()
@@ -243,3 +247,41 @@ def test_buffers_of_an_upload_are_freed_at_once(end, monkeypatch):
                 time.sleep(0.01)
     finally:
         gc.enable()
+
+
+def test_reflection_streams_that_stay_open_leave_threads_for_others():
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    with (
+        serving(max_queue=2, idle_stream=1.0) as (started, _),
+        grpc.insecure_channel(f"127.0.0.1:{started.port}") as own,
+    ):
+        stop, ask = threading.Event(), reflection_pb2.ServerReflectionRequest(list_services="")
+
+        def questions():
+            yield ask
+            stop.wait(20)
+
+        stub = reflection_pb2_grpc.ServerReflectionStub(own)
+        streams = [stub.ServerReflectionInfo(questions()) for _ in range(30)]
+        time.sleep(0.3)
+        health = health_pb2_grpc.HealthStub(own).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        began, codes = time.monotonic(), set()
+        for each in streams:  # none of them stays for ever
+            with pytest.raises(grpc.RpcError) as caught:
+                list(each)
+            codes.add(caught.value.code())
+        assert time.monotonic() - began < 5
+        assert codes == {grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        stop.set()
+        assert next(stub.ServerReflectionInfo(iter([ask]))).list_services_response.service
+
+
+def test_a_pool_without_its_excluded_rows_is_made_a_stretch_at_a_time(monkeypatch):
+    monkeypatch.setattr("queryselect_service.request.TAKE_BYTES", 1000)
+    with Client("local:") as client:
+        excluded = np.arange(0, 20_000, 3)
+        few = client.select("k_center_greedy", 5, embeddings=POOL, excluded=excluded)
+        kept = np.setdiff1d(np.arange(len(POOL)), excluded)
+        assert few.indices.tolist() == kept[client.select("k_center_greedy", 5, embeddings=POOL[kept]).indices].tolist()

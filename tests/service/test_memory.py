@@ -89,7 +89,14 @@ def estimate(case: Case) -> int:
     letters = {letter: case.width for each in strategy.inputs for letter in each.shape.split() if letter != "N"}
     inputs = case.rows * case.width * item if strategy.inputs else 0
     sizes = Sizes(
-        N=case.rows, k=case.k, L=case.labeled, item=item, inputs=inputs, multilabel=case.task == "MULTILABEL", **letters
+        entries=inputs // item,
+        N=case.rows,
+        k=case.k,
+        L=case.labeled,
+        item=item,
+        inputs=inputs,
+        multilabel=case.task == "MULTILABEL",
+        **letters,
     )
     return strategy.memory(sizes, build(strategy.spec, dict(case.params)))
 

@@ -511,6 +511,9 @@ def test_messages_are_read_ahead_but_not_without_end():
     inbox = Inbox(messages())
     assert inbox.wait(1.0)
     time.sleep(0.1)
+    assert len(pulled) == 2  # one that waits and one in hand, before anything is admitted
+    inbox.admit()
+    time.sleep(0.1)
     assert len(pulled) == READ_AHEAD + 1
     taken = []
     while (number := inbox.take() if inbox.wait(1.0) else None) is not None:

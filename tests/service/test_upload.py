@@ -79,7 +79,7 @@ def blocks_of(memory: Memory, **arrays: np.ndarray) -> Blocks:
     told = {
         name: Array(f"pool.{name}", torch.from_numpy(array[:1]).dtype, array.shape) for name, array in arrays.items()
     }
-    return Blocks(told, len(next(iter(arrays.values()))), memory.reserve, pinned=False)
+    return Blocks(told, len(next(iter(arrays.values()))), memory.reserve)
 
 
 def addresses(block) -> set[int]:
