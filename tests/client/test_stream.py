@@ -363,6 +363,7 @@ def test_chunks_are_as_long_as_the_server_likes_within_reason(recommended: int, 
         select(fake)
         chunks = fake.attempt.chunks
         assert [path for path, _, _ in chunks] == ["pool.logits"] * len(chunks)
+        length -= length % X32[0].nbytes  # whole rows
         assert [offset for _, offset, _ in chunks] == list(range(0, X32.nbytes, length))
         assert {each for _, _, each in chunks[:-1]} == {length}
         assert sent_in_full(fake.attempt)
