@@ -11,7 +11,7 @@ import torch
 from queryselect import Client, KCenterGreedy
 from queryselect_service.maths.distances import Points
 from queryselect_service.shards import Whole
-from tests.strategy_case import ROWS, StrategyCase
+from tests.strategy_case import CUTS, ROWS, StrategyCase, assert_promised
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -48,6 +48,12 @@ class TestKCenterGreedy(StrategyCase):
 
     def oracle(self, inputs, k, context, candidates):
         return farthest_first(inputs["embeddings"], k, context, candidates)
+
+    @pytest.mark.parametrize("cuts", CUTS[1:], ids=str)
+    def test_slices_of_rows_far_away_score_the_first_pick_alike(self, slices, cuts):
+        for seed in range(5):
+            inputs = {"embeddings": torch.from_numpy(self.inputs(seed)["embeddings"] + 1e8)}
+            assert_promised(*self.whole_and_sliced(slices, cuts, inputs, 6), 1e-9)
 
 
 class TestKCenterGreedyNormalized(StrategyCase):

@@ -20,7 +20,7 @@ class Random(Spec):
     kind=ScoreKind.KEY,
     seeded=True,
     cost="O(N) time, O(N) memory",
-    memory=lambda sizes, _: 38 * sizes.N + 64 * sizes.k,  # row numbers, their bits mixed, keys, ranking
+    memory=lambda sizes, _: 38 * sizes.N + 96 * sizes.k,  # row numbers, their bits mixed, keys, ranking
     work=lambda sizes: 20.0 * sizes.N,
     citation="Efraimidis and Spirakis, Weighted random sampling with a reservoir (2006), all weights equal",
 )

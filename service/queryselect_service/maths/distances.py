@@ -55,11 +55,15 @@ class Points:
         total = torch.zeros(dims, dtype=torch.float64, device=device)
         for span in pool.spans(n, EXACT_BYTES * dims):
             total += self.exact(embeddings[span]).sum(0)
-        self.mean = pool.sum(total) / pool.size  # (D,)
-        self.shift = self.mean.to(torch.bfloat16).double()
+        self.shift = (pool.sum(total) / pool.size).to(torch.bfloat16).double()  # (D,)
         self.norms = torch.empty(n, dtype=dtype, device=device)  # |x - m|^2
+        beyond = torch.zeros_like(total)
         for span in pool.spans(n, EXACT_BYTES * dims):
-            self.norms[span] = torch.linalg.vector_norm(self._moved(embeddings[span]), dim=1).square_()
+            moved_rows = self._moved(embeddings[span])
+            beyond += moved_rows.sum(0)
+            self.norms[span] = torch.linalg.vector_norm(moved_rows, dim=1).square_()
+        # Summed again from near by: in the first sum a far offset takes digits, other ones in other slices.
+        self.mean = self.shift + pool.sum(beyond) / pool.size
 
         far = pool.sum((FAR * self.norms < self.shift.square().sum()).sum())
         copied = normalize or embeddings.dtype != dtype
