@@ -32,8 +32,8 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 #: Blocks of rows that an upload in order needs at the most: arriving, ready, and being scored.
 WINDOW = 8
-#: Rows whose values are checked at once.
-CHECK_ROWS = 4096
+#: Rows whose values are looked at together at the least: those of a chunk, while they are in the cache.
+CHECK_ROWS = 256
 
 
 @dataclass(frozen=True)
