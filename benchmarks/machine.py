@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,18 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("queryselect", "grpcio", "protobuf", "torch", "numpy")},
     }
+
+
+def metrics(port: int) -> dict[str, float]:
+    """What a server's /metrics says now, by name and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+
+
+def in_flight(port: int) -> int:
+    """The selections that a server holds something for: a kernel that runs is one."""
+    return int(metrics(port)["queryselect_in_flight"])
 
 
 class Usage:

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ import grpc
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.machine import MB, Usage, describe
+from benchmarks.machine import MB, Usage, describe, in_flight
 from queryselect import Cancelled, Client
 from queryselect.v1 import selection_pb2, selection_pb2_grpc, tensor_pb2
 
@@ -194,14 +193,6 @@ def _cancel(client: Client, metrics: int, pool: np.ndarray[Any, Any]) -> float:
     except Cancelled:
         return seconds
     raise RuntimeError("the selection was over before it was cancelled")
-
-
-def in_flight(port: int) -> int:
-    """The selections that a server holds something for, by its metrics: a kernel that runs is one."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        found = re.search(r"^queryselect_in_flight (\S+)", answer.read().decode(), re.MULTILINE)
-    assert found is not None  # every server has it
-    return int(float(found[1]))
 
 
 def show(ways: dict[str, Row], found: Row | None) -> str:

@@ -5,7 +5,6 @@ A chunk is put together by hand: protobuf would copy its bytes twice more, which
 
 from __future__ import annotations
 
-import heapq
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -55,21 +54,16 @@ class Upload:
         self._go.wait()
         # Lists of rows first: the server needs them before it can look at rows. Then all arrays side by side, so that
         # a row is complete soon after its first byte, and a server that scores rows as they come holds few of them.
-        rows = {path: array for path, array in self._large.items() if _per_row(path)}
-        for path, array in self._large.items():
-            if path not in rows:
-                yield from (chunk for _, _, chunk in self._chunks(path, array, self._chunk_bytes))
+        lists = {path: array for path, array in self._large.items() if not _per_row(path)}
+        rows = {path: array for path, array in self._large.items() if path not in lists}
+        for path, array in lists.items():
+            for offset in range(0, array.data.nbytes, self._chunk_bytes):
+                yield _chunk_of(path, array, offset, self._chunk_bytes)
         widest = max((_row_bytes(array) for array in rows.values()), default=1)
-        step = max(1, self._chunk_bytes // widest)  # rows
-        parts = (self._chunks(path, array, step * _row_bytes(array)) for path, array in rows.items())
-        for _, _, chunk in heapq.merge(*parts):
-            yield chunk
-
-    def _chunks(self, path: str, array: WireArray, step: int) -> Iterator[tuple[float, str, bytes]]:
-        """An array's chunks of `step` bytes, each with how far into the array it begins."""
-        data = array.data.reshape(-1).view(np.uint8).data
-        for offset in range(0, len(data), step):
-            yield offset / len(data), path, chunk(path, offset, data[offset : offset + step])
+        step = max(1, self._chunk_bytes // widest)
+        for row in range(0, max((array.shape[0] for array in rows.values()), default=0), step):
+            for path, array in rows.items():
+                yield _chunk_of(path, array, row * _row_bytes(array), step * _row_bytes(array))
 
 
 def _per_row(path: str) -> bool:
@@ -80,6 +74,11 @@ def _per_row(path: str) -> bool:
 
 def _row_bytes(array: WireArray) -> int:
     return array.data.nbytes // array.shape[0]
+
+
+def _chunk_of(path: str, array: WireArray, offset: int, size: int) -> bytes:
+    """The chunk of `size` bytes from `offset` on, fewer at the array's end."""
+    return chunk(path, offset, array.data.reshape(-1).view(np.uint8).data[offset : offset + size])
 
 
 def chunk(path: str, offset: int, data: memoryview) -> bytes:

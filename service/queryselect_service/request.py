@@ -29,7 +29,7 @@ from queryselect_service.checks import (
 )
 from queryselect_service.errors import InvalidInput, OverLimit
 from queryselect_service.settings import Settings
-from queryselect_service.shards import Shards
+from queryselect_service.shards import Shards, Whole
 from queryselect_service.spec import Spec
 from queryselect_service.strategy import Notice, NoticeCode, Selection, Sizes, Strategy, Task
 
@@ -51,8 +51,6 @@ INPUTS = {
 INTEGER_INPUTS = ("clusters", "pseudo_labels", "labels")
 #: The pool's lists of rows, each a boolean mask or integer indices.
 ROW_LISTS = ("labeled", "pending", "excluded", "candidates")
-#: Bytes of rows that are copied between two looks at whether the caller is still there.
-TAKE_BYTES = 64 << 20
 #: Those whose rows count as labelled.
 CONTEXT = ("labeled", "pending")
 
@@ -308,10 +306,8 @@ class Request:
 def _take(x: Tensor, rows: Tensor, check: Callable[[], None]) -> Tensor:
     """The rows (r,) of `x` (n, ...), a stretch at a time."""
     taken = x.new_empty(len(rows), *x.shape[1:])
-    step = max(1, TAKE_BYTES // max(1, x.element_size() * x[0].numel()))
-    for start in range(0, len(rows), step):
-        check()
-        torch.index_select(x, 0, rows[start : start + step], out=taken[start : start + step])
+    for span in Whole(len(rows), check).spans(len(rows), x.element_size() * x.shape[1:].numel()):
+        torch.index_select(x, 0, rows[span], out=taken[span])
     return taken
 
 

@@ -18,6 +18,7 @@ class Scores:
 
     def __init__(self, request: Request, place: Place, upload: Upload, device: torch.device) -> None:
         self._request, self._place, self._upload, self._device = request, place, upload, device
+        self._row_work = request.strategy.work(request.sizes) / request.size
         self._job: Job[list[Block]] | None = None
         self.values: torch.Tensor | None = None
 
@@ -32,10 +33,8 @@ class Scores:
             self._collect(call)
         if ready and self._job is None:
             blocks = [ready.popleft() for _ in range(len(ready))]
-            rows = sum(len(next(iter(block.tensors.values()))) for block in blocks)
-            sizes = self._request.sizes
-            work = self._request.strategy.work(sizes) * rows / sizes.N
-            self._job = self._place.start(lambda: self._score(blocks, call), work)
+            rows = sum(block.rows.stop - block.rows.start for block in blocks)
+            self._job = self._place.start(lambda: self._score(blocks, call), self._row_work * rows)
 
     def ahead(self) -> int | None:
         """How many jobs of others stand before the blocks that are ready; None where their turn has come."""
@@ -66,9 +65,8 @@ class Scores:
         started = time.monotonic()
         for block in blocks:
             call.check()
-            rows = slice(block.start, block.start + len(next(iter(block.tensors.values()))))
-            parts = {name: x[rows] if request.per_row(name) else x for name, x in here.items()}
+            parts = {name: x[block.rows] if request.per_row(name) else x for name, x in here.items()}
             inputs = {name: self._place.move(x) for name, x in {**block.tensors, **parts}.items()}
-            self.values[rows] = score_block(request.strategy, inputs, request.spec, request.task)
+            self.values[block.rows] = score_block(request.strategy, inputs, request.spec, request.task)
         self._place.times.kernel += time.monotonic() - started
         return blocks

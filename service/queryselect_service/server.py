@@ -35,6 +35,7 @@ from queryselect_service.servicer import (
     ServerServicer,
     StrategyServicer,
     add_selection_servicer,
+    ended_after,
 )
 from queryselect_service.settings import Settings
 
@@ -91,13 +92,10 @@ class BoundedReflection(reflection.ReflectionServicer):
         """Answers questions about the proto."""
         if not self._places.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{REFLECTIONS} reflections are under way already")
-        end = threading.Timer(self._patience, context.cancel)
-        end.daemon = True
-        end.start()
         try:
-            yield from super().ServerReflectionInfo(request_iterator, context)
+            with ended_after(self._patience, context):
+                yield from super().ServerReflectionInfo(request_iterator, context)
         finally:
-            end.cancel()
             self._places.release()
 
 

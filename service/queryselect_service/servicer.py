@@ -168,13 +168,20 @@ class SelectionServicer(selection_pb2_grpc.SelectionServiceServicer):
             frontend.name(visit, start.request_id)
             for response in stream.run(start):
                 # A caller who does not take what it asked for would keep its place and its memory.
-                patience = threading.Timer(frontend.service.settings.idle_stream, context.cancel)
-                patience.daemon = True
-                patience.start()
-                try:
+                with ended_after(frontend.service.settings.idle_stream, context):
                     yield response
-                finally:
-                    patience.cancel()
+
+
+@contextmanager
+def ended_after(seconds: float, context: grpc.ServicerContext) -> Iterator[None]:
+    """Ends the RPC where what is done inside takes longer."""
+    timer = threading.Timer(seconds, context.cancel)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _strategy(request: selection_pb2.SelectRequest) -> str:

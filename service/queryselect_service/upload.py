@@ -184,7 +184,7 @@ class Upload:
         while self.blocks.full:
             block = self.blocks.full.popleft()
             for name, data in block.tensors.items():
-                self._request.check_values(name, data, block.start, self._look)
+                self._request.check_values(name, data, block.rows.start, self._look)
             self.blocks.ready.append(block)
 
 
@@ -215,9 +215,9 @@ def _widest(request: Request) -> int:
 
 @dataclass
 class Block:
-    """Rows of a pool, from row `start` on: (b, ...) tensors by input. left: bytes still to come."""
+    """A stretch of a pool's rows: (b, ...) tensors by input. left: bytes still to come."""
 
-    start: int
+    rows: slice
     buffers: dict[str, Bytes]
     left: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -273,13 +273,13 @@ class Blocks:
             else {name: _bytes(self.rows * each) for name, each in self._row_bytes.items()}
         )
         start = number * self.rows
-        rows = min(self.rows, self._size - start)
+        stop = min(start + self.rows, self._size)
         self._alive += 1
-        self._open[number] = block = Block(start, buffers, rows * sum(self._row_bytes.values()))
+        self._open[number] = block = Block(slice(start, stop), buffers, (stop - start) * sum(self._row_bytes.values()))
         return block
 
     def _end(self, block: Block) -> None:
-        rows = min(self.rows, self._size - block.start)
+        rows = block.rows.stop - block.rows.start
         for name, array in self._arrays.items():
             used = block.buffers[name][: rows * self._row_bytes[name]]
             block.tensors[name] = elements(array.path, used, array.dtype, (rows, *array.shape[1:]))

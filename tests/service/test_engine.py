@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import time
-import urllib.request
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.machine import metrics
 from queryselect import Busy, Cancelled, Client, DeadlineExceeded, InvalidInput, ServerBug, TooLarge
 from queryselect.v1 import selection_pb2_grpc, server_pb2, server_pb2_grpc, strategy_pb2, strategy_pb2_grpc
 from queryselect_service import server, upload
@@ -67,14 +67,8 @@ def ended(jobs: dict[str, object]) -> list[str]:
     return names
 
 
-def target(started: server.Server) -> str:
-    return f"127.0.0.1:{started.port}"
-
-
 def gauges(started: server.Server) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{started.metrics_port}/metrics", timeout=5) as answer:
-        lines = answer.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (line.partition(" ") for line in lines if line[:1] != "#")}
+    return metrics(started.metrics_port)
 
 
 def submit_in_turn(client: Client) -> dict[str, object]:
@@ -279,7 +273,7 @@ def test_reflection_streams_that_stay_open_leave_threads_for_others():
 
 
 def test_a_pool_without_its_excluded_rows_is_made_a_stretch_at_a_time(monkeypatch):
-    monkeypatch.setattr("queryselect_service.request.TAKE_BYTES", 1000)
+    monkeypatch.setattr("queryselect_service.shards.SPAN_BYTES", 1000)
     with Client("local:") as client:
         excluded = np.arange(0, 20_000, 3)
         few = client.select("k_center_greedy", 5, embeddings=POOL, excluded=excluded)

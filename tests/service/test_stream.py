@@ -900,22 +900,25 @@ def test_a_connection_that_breaks_within_a_chunk_holds_nothing(running, target, 
 # Limits
 
 
-def test_a_held_upload_over_the_hosts_memory_is_refused_before_it_is_sent(serve):
-    own, channel = serve(max_host_bytes=10_000_000)
+def refused_for_its_size(serve, max_host_bytes: int) -> Failure:
+    """How a server of so much memory refuses an upload of 12 MB, none of which was sent."""
+    own, channel = serve(max_host_bytes=max_host_bytes)
     shape = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_F32, shape=[30_000, 100], streamed=tensor_pb2.Streamed())
     failure = refused(own, channel, start(request(FAR, embeddings=shape)), end=False)
-    assert failure.code is Code.OUT_OF_RANGE
     assert not failure.admitted
+    return failure
+
+
+def test_a_held_upload_over_the_hosts_memory_is_refused_before_it_is_sent(serve):
+    failure = refused_for_its_size(serve, 10_000_000)
+    assert failure.code is Code.OUT_OF_RANGE
     metadata = failure.detail(error_details_pb2.ErrorInfo).metadata
     assert metadata == {"setting": "max_host_bytes", "limit": "10000000", "size": "12000000"}
 
 
 def test_an_estimate_over_the_capacity_is_refused_before_it_is_sent(serve):
-    own, channel = serve(max_host_bytes=12_000_100)
-    shape = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_F32, shape=[30_000, 100], streamed=tensor_pb2.Streamed())
-    failure = refused(own, channel, start(request(FAR, embeddings=shape)), end=False)
+    failure = refused_for_its_size(serve, 12_000_100)
     assert failure.code is Code.FAILED_PRECONDITION
-    assert not failure.admitted
     metadata = failure.detail(error_details_pb2.ErrorInfo).metadata
     assert int(metadata["estimate"]) > int(metadata["capacity"]) == 12_000_100
     assert metadata["device"] == "cpu"

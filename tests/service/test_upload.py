@@ -96,12 +96,12 @@ def test_blocks_in_order_use_two_sets_of_buffers_over_and_over():
         blocks.write("embeddings", start * 12, as_bytes(X[rows]))
         while blocks.full:
             block = blocks.full.popleft()
-            here = slice(block.start, block.start + 4096)
+            here = slice(block.rows.start, block.rows.start + 4096)
             assert np.array_equal(block.tensors["probabilities"], P[here])
             assert np.array_equal(block.tensors["embeddings"], X[here])
             seen |= addresses(block)
             blocks.give_back(block)
-    assert block.start == 8192, "every block came"
+    assert block.rows.start == 8192, "every block came"
     assert len(seen) <= 2 * 2
     assert not memory.asked
 
@@ -144,8 +144,8 @@ def test_blocks_hold_what_was_sent_however_it_was_cut(data):
         pieces += [(name, start, flat[start:stop]) for start, stop in pairwise(sorted({0, array.nbytes, *cuts}))]
     for name, offset, piece in data.draw(st.permutations(pieces)):
         blocks.write(name, offset, piece)
-    got = sorted(blocks.full, key=lambda block: block.start)
-    assert [block.start for block in got] == list(range(0, rows, 4096))
+    got = sorted(blocks.full, key=lambda block: block.rows.start)
+    assert [block.rows.start for block in got] == list(range(0, rows, 4096))
     for name, array in arrays.items():
         assert np.array_equal(np.concatenate([block.tensors[name] for block in got]), array)
 
@@ -156,9 +156,9 @@ def test_rows_of_many_entries_come_in_smaller_blocks():
     flat = as_bytes(wide)
     for start in reversed(range(0, len(flat), 999_999)):
         blocks.write("embeddings", start, flat[start : start + 999_999])
-    assert sorted((block.start, len(block.tensors["embeddings"])) for block in blocks.full) == [(0, 262), (262, 38)]
+    assert sorted((block.rows.start, len(block.tensors["embeddings"])) for block in blocks.full) == [(0, 262), (262, 38)]
     for block in blocks.full:
-        assert np.array_equal(block.tensors["embeddings"], wide[block.start : block.start + 262])
+        assert np.array_equal(block.tensors["embeddings"], wide[block.rows.start : block.rows.start + 262])
 
 
 # Uploads

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks.machine import Usage
-from benchmarks.transport import QUIETLY, in_flight, process
+from benchmarks.machine import Usage, in_flight
+from benchmarks.transport import QUIETLY, process
 from queryselect import Cancelled, Client
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -56,24 +56,23 @@ class Points:
         for span in pool.spans(n, EXACT_BYTES * dims):
             total += self.exact(embeddings[span]).sum(0)
         self.shift = (pool.sum(total) / pool.size).to(torch.bfloat16).double()  # (D,)
+        copied = normalize or embeddings.dtype != dtype
+        self.work = torch.empty(n, dims, dtype=dtype, device=device) if copied else embeddings
         self.norms = torch.empty(n, dtype=dtype, device=device)  # |x - m|^2
         beyond = torch.zeros_like(total)
         for span in pool.spans(n, EXACT_BYTES * dims):
-            moved_rows = self._moved(embeddings[span])
-            beyond += moved_rows.sum(0)
-            self.norms[span] = torch.linalg.vector_norm(moved_rows, dim=1).square_()
+            rows = self._moved(embeddings[span])
+            beyond += rows.sum(0)
+            self.norms[span] = torch.linalg.vector_norm(rows, dim=1).square_()
+            if copied:
+                self.work[span] = rows
         # Summed again from near by: in the first sum a far offset takes digits, other ones in other slices.
         self.mean = self.shift + pool.sum(beyond) / pool.size
 
         far = pool.sum((FAR * self.norms < self.shift.square().sum()).sum())
-        copied = normalize or embeddings.dtype != dtype
         moved = copied or self.scale != 1 or bool(2 * far > pool.size)
-        self.work, self.move = embeddings, moved and not copied
+        self.move = moved and not copied
         self.origin = torch.zeros_like(self.shift) if moved else self.shift
-        if copied:
-            self.work = torch.empty(n, dims, dtype=dtype, device=device)
-            for span in pool.spans(n, EXACT_BYTES * dims):
-                self.work[span] = self._moved(embeddings[span])
         self._error = _rounding(dtype, dims)
         vanishing = 4 * dims * torch.finfo(dtype).tiny
         self._floor = float(2 * self._error * self.origin.square().sum()) + vanishing
