@@ -15,6 +15,8 @@ from queryselect_service import strategy as strategies
 from queryselect_service.settings import Settings
 from tests.slices import Processes
 
+pytest.register_assert_rewrite("tests.client.streams", "tests.service.streams")
+
 
 @pytest.fixture(scope="session")
 def running() -> Iterator[server.Server]:

@@ -1,4 +1,4 @@
-"""A plug-in that takes its time, and the two ways to a service."""
+"""A plug-in that takes its time, the two ways to a service, and that streams leave nothing behind."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from queryselect import Client
+from queryselect import Client, _upload
 from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import PLUGINS, ScoreKind, Selection, strategy
+from tests.client.streams import at_work, until
 
 
 @dataclass
@@ -58,3 +59,17 @@ def client(request: pytest.FixtureRequest) -> Client:
 def address(request: pytest.FixtureRequest, target: str) -> str:
     """The target of such a client, for tests that make their own."""
     return target if request.param == "server" else request.param
+
+
+@pytest.fixture
+def nothing_is_left() -> Iterator[None]:
+    """However a call ends, its threads end soon after it."""
+    before = at_work()
+    yield
+    assert until(lambda: not at_work() - before), at_work() - before
+
+
+@pytest.fixture
+def lists_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of rows are no longer than other arrays where they travel in the start: a mask of N rows does not."""
+    monkeypatch.setattr(_upload, "LIST_BYTES", _upload.SMALL_BYTES)

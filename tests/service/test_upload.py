@@ -156,7 +156,10 @@ def test_rows_of_many_entries_come_in_smaller_blocks():
     flat = as_bytes(wide)
     for start in reversed(range(0, len(flat), 999_999)):
         blocks.write("embeddings", start, flat[start : start + 999_999])
-    assert sorted((block.rows.start, len(block.tensors["embeddings"])) for block in blocks.full) == [(0, 262), (262, 38)]
+    assert sorted((block.rows.start, len(block.tensors["embeddings"])) for block in blocks.full) == [
+        (0, 262),
+        (262, 38),
+    ]
     for block in blocks.full:
         assert np.array_equal(block.tensors["embeddings"], wide[block.rows.start : block.rows.start + 262])
 

@@ -1,0 +1,32 @@
+"""What tests of the service may ask for: servers of their own settings, and that no bug is logged."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+
+import grpc
+import pytest
+
+from queryselect_service import server
+from queryselect_service.settings import Settings
+
+
+@pytest.fixture
+def no_bugs(caplog):
+    """A caller's fault, or its leaving, is no bug of the server: none is logged."""
+    yield
+    assert [each for each in caplog.get_records("call") if each.levelno >= logging.ERROR] == []
+
+
+@pytest.fixture
+def serve():
+    """Starts servers of their own settings: server and channel."""
+    with ExitStack() as stack:
+
+        def begin(**options):
+            started = server.start(Settings(port=0, metrics_port=-1, **options))
+            stack.callback(started.drain, 0.1)
+            return started, stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{started.port}"))
+
+        yield begin
