@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 READ_AHEAD = 2
 #: The least time between two messages of progress, in seconds.
 PROGRESS_EVERY = 0.2
+#: The messages of a caller who leaves may end as if that were all; how soon after gRPC says that it left, in seconds.
+LEAVING = 0.1
 
 
 class Inbox:
@@ -168,6 +170,8 @@ class Stream:
                 scores.advance(self._call)
             if self._may_tell():
                 yield wire.encode_progress("RECEIVING", upload.received, total)
+        if upload.received < upload.total and self._call.gone.wait(LEAVING):
+            self._call.check()
         upload.finish()
         self._times.receive = time.monotonic() - began
         while scores is not None and not scores.finish(self._call, PROGRESS_EVERY):
