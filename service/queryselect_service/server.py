@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,8 +49,6 @@ LAST_WORDS = 2.0
 KEEPALIVE_MS = 20_000
 #: How long a probe of the device counts, in seconds.
 PROBE_COUNTS = 1.0
-#: Options of glibc's mallopt.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 log = logging.getLogger(__name__)
 
@@ -178,17 +174,6 @@ def start(settings: Settings) -> Server:
     return Server(server, frontend, checks, port, metrics_port, endpoint)
 
 
-def _keep_freed_memory() -> None:
-    """Has glibc give memory back less eagerly: cleared anew for every chunk, its pages cost a tenth of an upload.
-
-    What is larger than 32 MB still goes back at once.
-    """
-    tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if tune is not None:
-        for option, value in ((M_TRIM_THRESHOLD, 64 << 20), (M_MMAP_THRESHOLD, 32 << 20)):
-            tune(option, value)
-
-
 def run(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
     level = settings.log_level.upper()
@@ -197,7 +182,6 @@ def run(settings: Settings) -> None:
         raise ValueError(f"log_level must be one of {known}; it is {settings.log_level!r}")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     log.info("settings\n%s", settings)
-    _keep_freed_memory()
     stop = threading.Event()
 
     def on_signal(_: int, __: FrameType | None) -> None:
