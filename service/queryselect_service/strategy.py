@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from queryselect_service.maths.labels import aggregate_labels
-from queryselect_service.maths.predictions import distributions
+from queryselect_service.maths.predictions import Predictions, distributions
 from queryselect_service.shards import Shards
 from queryselect_service.spec import LabelScore, Spec
 
@@ -110,6 +110,7 @@ class Input:
     name: str
     shape: str
     required: bool
+    lazy: bool = False  # probabilities that the kernel wants made where it reads them: annotated as Predictions
 
     @property
     def alternatives(self) -> tuple[str, ...]:
@@ -204,8 +205,8 @@ def strategy(
 
     The kernel takes its inputs first, annotated with their shapes, then what it wants of the keywords k, spec, task,
     context (rows of this place that count as labelled, (l,) int64), candidates ((n,) bool), seed and pool; it returns a
-    Selection. `probabilities` come as float64, whether the caller sent them or logits. The function itself stays as it
-    is, a plain function.
+    Selection. `probabilities` come as float64, whether the caller sent them or logits: all of them, or as Predictions
+    where they are annotated so. The function itself stays as it is, a plain function.
 
     memory(sizes, spec): the most bytes that the kernel holds at once beside its inputs; never less than it does, and at
     most twice that, inputs and all. work(sizes): multiply-adds, to tell short selections from long ones.
@@ -284,8 +285,11 @@ def _inputs(function: Callable[..., Any]) -> tuple[Input, ...]:
     for name, value in inspect.signature(function).parameters.items():
         hint = hints.get(name)
         options = get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-        shapes = [get_args(option)[1] for option in options if typing.get_origin(option) is Annotated]
-        found += [Input(name, shape, required=value.default is inspect.Parameter.empty) for shape in shapes]
+        for option in options:
+            if typing.get_origin(option) is Annotated:
+                kind, shape = get_args(option)
+                required = value.default is inspect.Parameter.empty
+                found.append(Input(name, shape, required, lazy=kind is Predictions))
     return tuple(found)
 
 
@@ -325,8 +329,9 @@ def select(
     if strategy.pointwise:
         return rank(_score(strategy, inputs, spec, task, pool), k, candidates, pool)
     ready = _resolved(strategy, inputs, task)
-    if "probabilities" in ready and task is Task.MULTILABEL:
-        ready["probabilities"] = ready["probabilities"][..., 1]  # (n, L), label present
+    for name, x in ready.items():
+        if name == "probabilities" and task is Task.MULTILABEL and isinstance(x, Tensor):
+            ready[name] = x[..., 1]  # (n, L), label present
     offered = {
         "k": k, "spec": spec, "task": task, "context": context, "candidates": candidates, "seed": seed, "pool": pool,
     }  # fmt: skip
@@ -339,16 +344,16 @@ def _wanted(strategy: Strategy, offered: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in offered.items() if name in strategy.keywords}
 
 
-def _resolved(strategy: Strategy, inputs: Mapping[str, Tensor], task: Task) -> dict[str, Tensor]:
+def _resolved(strategy: Strategy, inputs: Mapping[str, Tensor], task: Task) -> dict[str, Any]:
     """The inputs by the names that the kernel declares, with `probabilities` as distributions over the last axis."""
-    ready = {}
+    ready: dict[str, Any] = {}
     for wanted in strategy.inputs:
         for name in wanted.names:
             if name in inputs:
                 ready[wanted.name] = inputs[name]
                 if wanted.name == "probabilities":
-                    multilabel = task is Task.MULTILABEL
-                    ready[wanted.name] = distributions(inputs[name], logits=name == "logits", multilabel=multilabel)
+                    made = Predictions if wanted.lazy else distributions
+                    ready[wanted.name] = made(inputs[name], logits=name == "logits", multilabel=task is Task.MULTILABEL)
     return ready
 
 

@@ -23,6 +23,26 @@ def distributions(values: Tensor, *, logits: bool, multilabel: bool) -> Tensor:
     return torch.softmax(values, dim=-1) if logits else values / values.sum(-1, keepdim=True)
 
 
+class Predictions:
+    """The distributions of all rows, made of what the caller sent where they are read.
+
+    Indexed by rows (a slice, a mask, row numbers) it gives their probabilities, float64: (r, C) that sum to 1 or, in a
+    multi-label task, (r, L) of labels present. As a whole they may take eight times the memory of what was sent.
+    """
+
+    def __init__(self, values: Tensor, *, logits: bool, multilabel: bool) -> None:
+        """values: (n, C) probabilities or logits."""
+        self._values, self._logits, self._multilabel = values, logits, multilabel
+        self.shape, self.device = values.shape, values.device
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        found = distributions(self._values[rows], logits=self._logits, multilabel=self._multilabel)
+        return found[..., 1] if self._multilabel else found
+
+
 def split_mode(p: Tensor) -> tuple[Tensor, Tensor]:
     """The largest probability (...,) of each distribution (..., C), and the distribution with that entry set to 0.
 
