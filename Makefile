@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: help demo test check lint types format proto release-proto slow bench-service clean
+.PHONY: help demo test check lint types format proto release-proto slow bench bench-service clean
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -24,6 +24,10 @@ help: ## What there is to make
 .venv/.dev: .venv/.python pyproject.toml constraints.txt
 	$(PIP) '.[dev]'
 	@touch $@ .venv/.demo
+
+.venv/.bench: .venv/.python pyproject.toml constraints.txt
+	$(PIP) '.[bench]'
+	@touch $@
 
 demo: .venv/.demo ## A real active-learning loop on real images, and demo/report.html
 	$(BIN)/python -m demo
@@ -55,6 +59,9 @@ release-proto: ## Keeps the proto image of this release, for the breaking check
 
 slow: .venv/.dev ## What needs other tools or time
 	$(BIN)/python -m pytest -m slow
+
+bench: .venv/.bench ## Every strategy against its peers and the machine's limits (ARGS="--scaling margin": how it grows)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-service: .venv/.demo ## How fast a pool gets to the server, against a plain TCP connection
 	$(BIN)/python -m benchmarks.transport

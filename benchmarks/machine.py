@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import urllib.request
-from importlib.metadata import version
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 MB = 1e6
+RESULTS = Path(__file__).parent / "results"
+NOT_INSTALLED = "not installed"
 
 
 def describe() -> dict[str, str]:
@@ -20,8 +25,35 @@ def describe() -> dict[str, str]:
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB",
         "kernel": platform.release(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("queryselect", "grpcio", "protobuf", "torch", "numpy")},
+        **{name: installed(name) for name in ("queryselect", "grpcio", "protobuf", "torch", "numpy")},
     }
+
+
+def installed(distribution: str) -> str:
+    """The version of a distribution, or that it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return NOT_INSTALLED
+
+
+def name() -> str:
+    """What the machine's results are called by, unless a GPU is what they are of."""
+    return f"{os.uname().machine}-{os.cpu_count()}-cores"
+
+
+def keep(kind: str, machine: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes what a run of one kind found, dated, for one machine; gives the path, short where it can be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{kind}-{machine}.json"
+    path.write_text(json.dumps({"date": datetime.now(UTC).date().isoformat(), **result}, indent=2) + "\n")
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def free_memory() -> int:
+    """The bytes that a process can still have without the machine swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def metrics(port: int) -> dict[str, float]:

@@ -8,80 +8,27 @@ and its CPU seconds per GB; then `k_center_greedy` on a million rows by stream, 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
-import socket
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.machine import MB, Usage, describe, in_flight
+from benchmarks import machine
+from benchmarks.loopback import process, receiver, tcp
+from benchmarks.machine import MB, Usage, in_flight
 from queryselect import Cancelled, Client
 from queryselect.v1 import selection_pb2, selection_pb2_grpc, tensor_pb2
 
 DIMS = 384
-BLOCK = 1 << 20
 QUIETLY = ("--port", "0", "--metrics-port", "0", "--log-level", "WARNING")
-RESULTS = Path(__file__).parent / "results"
 
 Row = dict[str, float]
-
-
-@contextmanager
-def process(*arguments: str) -> Iterator[tuple[int, list[int]]]:
-    """A Python process of its own that prints its ports after a colon; gives its pid and the ports."""
-    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as running:
-        try:
-            assert running.stdout is not None  # asked for above
-            line = running.stdout.readline()
-            if not line:
-                raise RuntimeError(f"{' '.join(arguments)} did not start")
-            yield running.pid, [int(number) for number in re.findall(r"\d+", line.partition(":")[2])]
-        finally:
-            running.terminate()
-
-
-def receive_tcp() -> None:
-    """The other end of the TCP connections. The first 9 bytes: whether to keep what follows, and how much it is."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    print(f":{listener.getsockname()[1]}", flush=True)
-    while True:
-        connection, _ = listener.accept()
-        with connection:
-            head = connection.recv(9, socket.MSG_WAITALL)
-            keep, size = head[:1] == b"k", int.from_bytes(head[1:], "little")
-            buffer = memoryview(np.empty(size if keep else BLOCK, np.uint8).data)
-            at = 0
-            while size:
-                got = connection.recv_into(buffer[at : at + BLOCK] if keep else buffer, min(BLOCK, size))
-                if not got:
-                    break
-                at, size = at + got, size - got
-            connection.send(b"!")
-            del buffer
-
-
-def tcp(port: int, pool: np.ndarray[Any, Any], *, keep: bool) -> float:
-    """Seconds until the receiver has everything."""
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        started = time.perf_counter()
-        connection.sendall((b"k" if keep else b"d") + pool.nbytes.to_bytes(8, "little"))
-        connection.sendall(pool.reshape(-1).view(np.uint8).data)
-        connection.recv(1)
-        return time.perf_counter() - started
 
 
 def stream(client: Client, pool: np.ndarray[Any, Any]) -> float:
@@ -111,7 +58,7 @@ def transport(gigabytes: float, rounds: int) -> dict[str, Row]:
     inline = str(pool.nbytes + (64 << 20))
     seen: dict[str, list[Row]] = defaultdict(list)
     with (
-        process("-c", "from benchmarks.transport import receive_tcp; receive_tcp()") as (tcp_pid, (tcp_port,)),
+        receiver() as (tcp_pid, tcp_port),
         process("-m", "benchmarks.server", *QUIETLY) as (pid, (port, _)),
         # A server of its own: after a message of a gigabyte, gRPC's allocator keeps much of it for the next.
         process("-m", "benchmarks.server", *QUIETLY, "--max-inline-bytes", inline) as (unary_pid, (unary_port, _)),
@@ -219,11 +166,8 @@ def main() -> None:
     ways = transport(chosen.gigabytes, chosen.rounds)
     found = large(chosen.rows, chosen.budget) if chosen.rows else None
     print(show(ways, found))
-    RESULTS.mkdir(exist_ok=True)
-    result = {"date": datetime.now(UTC).date().isoformat(), "machine": describe(), "ways": ways, "large": found}
-    path = RESULTS / f"transport-{os.uname().machine}-{os.cpu_count()}-cores.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"kept in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    result = {"machine": machine.describe(), "ways": ways, "large": found}
+    print(f"kept in {machine.keep('transport', machine.name(), result)}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks.loopback import process
 from benchmarks.machine import Usage, in_flight
-from benchmarks.transport import QUIETLY, process
+from benchmarks.transport import QUIETLY
 from queryselect import Cancelled, Client
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

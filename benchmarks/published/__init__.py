@@ -1,0 +1,1 @@
+"""Published algorithms as the text of their papers states them, plainly, for peers that are not on PyPI."""
