@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -76,6 +77,51 @@ class LabelScore(Spec):
         labels = sizes.get("C")
         if self.top_k is not None and labels is not None and self.top_k > labels:
             raise InvalidInput(f"top_k must be at most C = {labels}; it is {self.top_k}", field="top_k")
+
+
+class RidgeScale(enum.StrEnum):
+    """What a ridge is measured in."""
+
+    RELATIVE = "RELATIVE"
+    ABSOLUTE = "ABSOLUTE"
+
+
+class FisherScale(enum.StrEnum):
+    """How the Fisher information of labelled rows adds up."""
+
+    MEAN = "MEAN"
+    SUM = "SUM"
+
+
+class Objective(enum.StrEnum):
+    """What a design minimises."""
+
+    TRACE = "TRACE"
+
+
+@dataclass(frozen=True)
+class FisherDesign(Spec):
+    """The parameters of every strategy that minimises tr(M^-1 F)."""
+
+    ridge: float = parameter(
+        1.0, "Added to the diagonal of M; relative: in units of the pool's mean squared length per dimension", low=0
+    )
+    ridge_scale: RidgeScale = parameter(
+        RidgeScale.RELATIVE, "Whether the ridge is relative to the embeddings' scale, or absolute as in the papers"
+    )
+    fisher_scale: FisherScale = parameter(
+        FisherScale.MEAN, "Whether labelled rows' information enters M as their mean or as their sum"
+    )
+    oversampling: int = parameter(
+        2, "Times the budget that is chosen first; the backward phase drops what is too much", low=1, high=100
+    )
+    objective: Objective = parameter(Objective.TRACE, "What is minimised: tr(M^-1 F)")
+
+    def __post_init__(self) -> None:
+        """Raises InvalidInput for a ridge of 0 too: nothing is invertible without one."""
+        super().__post_init__()
+        if not 0 < self.ridge < math.inf:
+            raise InvalidInput(f"ridge must be above 0 and finite; it is {self.ridge}", field="ridge")
 
 
 def build(spec: type[S], values: Mapping[str, Any]) -> S:

@@ -116,6 +116,35 @@ def test_when_every_row_is_covered_the_rest_is_told(local: Client):
     assert warning.rows.tolist() == [1, 2, 3, 5]
 
 
+def test_when_every_row_is_covered_limits_still_hold(local: Client):
+    x = np.repeat(np.eye(3), 4, axis=0)
+    got = local.select("k_center_greedy", 6, embeddings=x, labeled=[0], groups=np.arange(12) % 4)
+    assert got.indices.tolist() == [4, 9, 2, 3]
+    assert got.scores[2:].tolist() == [0, 0]
+    assert got.stop_reason == "QUOTAS"
+    assert [each.code for each in got.warnings] == ["COVERED", "CONSTRAINED"]
+    assert got.warnings[0].rows.tolist() == [2, 3]
+
+
+def test_covered_rows_that_a_quota_wants_do_not_hide_those_behind_them(local: Client):
+    """Class 7 wants two rows that repeat the labelled one; the second is too dear, and other rows are free again."""
+    x, costs = np.array([[0.0], [0.0], [0.0], [5.0], [9.0]]), [0, 2, 2, 0, 0]
+    quota = {"name": "class", "values": [7, 7, 7, 0, 0], "limits": {7: (2, None)}}
+    got = local.select("k_center_greedy", 3, embeddings=x, labeled=[0], quotas=[quota], costs=costs, cost_budget=3)
+    assert got.indices.tolist() == [4, 1, 3]
+    assert got.scores.tolist() == [9, 0, 4]
+    assert got.stop_reason == "MAX_ITEMS"
+    covered, constrained = got.warnings
+    assert covered.rows.tolist() == [1]
+    assert constrained.message == "quota 'class': value 7 wants at least 2, has 1: 2 candidates"
+
+
+def test_limits_may_leave_no_row_for_a_cold_start(local: Client):
+    got = local.select("k_center_greedy", 2, embeddings=np.eye(3), costs=np.ones(3), cost_budget=0.5)
+    assert len(got) == 0
+    assert got.stop_reason == "MAX_COST"
+
+
 def test_rows_without_length_are_told_when_length_matters(local: Client):
     x = np.random.default_rng(0).normal(size=(10, 3))
     x[[4, 6]] = 0

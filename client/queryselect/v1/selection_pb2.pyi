@@ -396,7 +396,7 @@ class Pool(google.protobuf.message.Message):
 
     @property
     def costs(self) -> queryselect.v1.tensor_pb2.Tensor:
-        """The labelling cost of each row, at least 0, in the caller's unit, shape (N)."""
+        """The labelling cost of each row, at least 0, in the caller's unit, shape (N), any float type or integer."""
 
     @property
     def quotas(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Quota]:
@@ -500,10 +500,10 @@ class Quota(google.protobuf.message.Message):
     name: builtins.str
     """The group's name, for messages."""
     default_max: builtins.int
-    """The most picks per group that limits does not list; unset: no limit."""
+    """The most picks of every group whose own limit says nothing else; unset: no limit."""
     @property
     def values(self) -> queryselect.v1.tensor_pb2.Tensor:
-        """The group of each row, shape (N), i64; -1 is none."""
+        """The group of each row, shape (N), integer; -1 is none."""
 
     @property
     def limits(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___QuotaLimit]:
@@ -538,9 +538,9 @@ class QuotaLimit(google.protobuf.message.Message):
     value: builtins.int
     """The group."""
     min: builtins.int
-    """The fewest picks of it; unset: 0."""
+    """The fewest picks of it, as far as there are candidates; unset: 0."""
     max: builtins.int
-    """The most picks of it; unset: no limit."""
+    """The most picks of it; unset: default_max."""
     def __init__(
         self,
         *,
@@ -625,7 +625,7 @@ class ReferenceSet(google.protobuf.message.Message):
     WEIGHTS_FIELD_NUMBER: builtins.int
     MISCLASSIFIED_FIELD_NUMBER: builtins.int
     role: global___ReferenceRole.ValueType
-    """The part that these rows play."""
+    """The part that these rows play. Default: the one that the strategy reads, where it reads one."""
     samples_kind: global___SamplesKind.ValueType
     """What the samples are. Default: PROBABILITIES."""
     @property

@@ -23,12 +23,13 @@ _sym_db = _symbol_database.Default()
 
 
 from queryselect.strategies.v1 import baseline_pb2 as queryselect_dot_strategies_dot_v1_dot_baseline__pb2
+from queryselect.strategies.v1 import fisher_pb2 as queryselect_dot_strategies_dot_v1_dot_fisher__pb2
 from queryselect.strategies.v1 import plugin_pb2 as queryselect_dot_strategies_dot_v1_dot_plugin__pb2
 from queryselect.strategies.v1 import representation_pb2 as queryselect_dot_strategies_dot_v1_dot_representation__pb2
 from queryselect.strategies.v1 import uncertainty_pb2 as queryselect_dot_strategies_dot_v1_dot_uncertainty__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dqueryselect/v1/strategy.proto\x12\x0equeryselect.v1\x1a(queryselect/strategies/v1/baseline.proto\x1a&queryselect/strategies/v1/plugin.proto\x1a.queryselect/strategies/v1/representation.proto\x1a+queryselect/strategies/v1/uncertainty.proto\"\xf5\x02\n\x08Strategy\x12\x33\n\x06random\x18\x01 \x01(\x0b\x32!.queryselect.strategies.v1.RandomH\x00\x12\x46\n\x10least_confidence\x18\x02 \x01(\x0b\x32*.queryselect.strategies.v1.LeastConfidenceH\x00\x12\x33\n\x06margin\x18\x03 \x01(\x0b\x32!.queryselect.strategies.v1.MarginH\x00\x12\x35\n\x07\x65ntropy\x18\x04 \x01(\x0b\x32\".queryselect.strategies.v1.EntropyH\x00\x12\x43\n\x0fk_center_greedy\x18\x05 \x01(\x0b\x32(.queryselect.strategies.v1.KCenterGreedyH\x00\x12\x33\n\x06\x63ustom\x18\x64 \x01(\x0b\x32!.queryselect.strategies.v1.CustomH\x00\x42\x06\n\x04kind\"\x17\n\x15ListStrategiesRequest\"Q\n\x16ListStrategiesResponse\x12\x37\n\nstrategies\x18\x01 \x03(\x0b\x32#.queryselect.v1.StrategyDescription\"\xd1\x03\n\x13StrategyDescription\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x14\n\x07summary\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x30\n\x06inputs\x18\x03 \x03(\x0b\x32 .queryselect.v1.InputDescription\x12#\n\x05tasks\x18\x04 \x03(\x0e\x32\x14.queryselect.v1.Task\x12\x38\n\nparameters\x18\x05 \x03(\x0b\x32$.queryselect.v1.ParameterDescription\x12\x11\n\x04\x63ost\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\x13\n\x06seeded\x18\x07 \x01(\x08H\x03\x88\x01\x01\x12\x18\n\x0bpool_scores\x18\x08 \x01(\x08H\x04\x88\x01\x01\x12\x32\n\nscore_kind\x18\t \x01(\x0e\x32\x19.queryselect.v1.ScoreKindH\x05\x88\x01\x01\x12\x15\n\x08\x63itation\x18\n \x01(\tH\x06\x88\x01\x01\x12\x13\n\x06\x63ustom\x18\x0b \x01(\x08H\x07\x88\x01\x01\x42\x07\n\x05_nameB\n\n\x08_summaryB\x07\n\x05_costB\t\n\x07_seededB\x0e\n\x0c_pool_scoresB\r\n\x0b_score_kindB\x0b\n\t_citationB\t\n\x07_custom\"\x86\x01\n\x10InputDescription\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05shape\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x15\n\x08required\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x14\n\x0c\x61lternatives\x18\x04 \x03(\tB\x07\n\x05_nameB\x08\n\x06_shapeB\x0b\n\t_required\"\xb7\x02\n\x14ParameterDescription\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x30\n\x04type\x18\x02 \x01(\x0e\x32\x1d.queryselect.v1.ParameterTypeH\x01\x88\x01\x01\x12\x14\n\x07\x64\x65\x66\x61ult\x18\x03 \x01(\tH\x02\x88\x01\x01\x12\x12\n\x05range\x18\x04 \x01(\tH\x03\x88\x01\x01\x12\x14\n\x07minimum\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x14\n\x07maximum\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x0e\n\x06values\x18\x07 \x03(\t\x12\x11\n\x04unit\x18\x08 \x01(\tH\x06\x88\x01\x01\x12\x10\n\x03\x64oc\x18\t \x01(\tH\x07\x88\x01\x01\x42\x07\n\x05_nameB\x07\n\x05_typeB\n\n\x08_defaultB\x08\n\x06_rangeB\n\n\x08_minimumB\n\n\x08_maximumB\x07\n\x05_unitB\x06\n\x04_doc*F\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_MULTICLASS\x10\x01\x12\x13\n\x0fTASK_MULTILABEL\x10\x02*\xe3\x01\n\tScoreKind\x12\x1a\n\x16SCORE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10SCORE_KIND_POINT\x10\x01\x12\x12\n\x0eSCORE_KIND_KEY\x10\x02\x12\x13\n\x0fSCORE_KIND_GAIN\x10\x03\x12\x17\n\x13SCORE_KIND_DISTANCE\x10\x04\x12\x16\n\x12SCORE_KIND_DENSITY\x10\x05\x12\x17\n\x13SCORE_KIND_COVERAGE\x10\x06\x12\x15\n\x11SCORE_KIND_KERNEL\x10\x07\x12\x1a\n\x16SCORE_KIND_PROBABILITY\x10\x08*\xae\x01\n\rParameterType\x12\x1e\n\x1aPARAMETER_TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13PARAMETER_TYPE_BOOL\x10\x01\x12\x16\n\x12PARAMETER_TYPE_INT\x10\x02\x12\x18\n\x14PARAMETER_TYPE_FLOAT\x10\x03\x12\x19\n\x15PARAMETER_TYPE_STRING\x10\x04\x12\x17\n\x13PARAMETER_TYPE_ENUM\x10\x05\x32r\n\x0fStrategyService\x12_\n\x0eListStrategies\x12%.queryselect.v1.ListStrategiesRequest\x1a&.queryselect.v1.ListStrategiesResponseB|\n\x11io.queryselect.v1B\rStrategyProtoP\x01ZEgithub.com/queryselect/queryselect/proto/queryselect/v1;queryselectv1\xaa\x02\x0eQuerySelect.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dqueryselect/v1/strategy.proto\x12\x0equeryselect.v1\x1a(queryselect/strategies/v1/baseline.proto\x1a&queryselect/strategies/v1/fisher.proto\x1a&queryselect/strategies/v1/plugin.proto\x1a.queryselect/strategies/v1/representation.proto\x1a+queryselect/strategies/v1/uncertainty.proto\"\xfd\x04\n\x08Strategy\x12\x33\n\x06random\x18\x01 \x01(\x0b\x32!.queryselect.strategies.v1.RandomH\x00\x12\x46\n\x10least_confidence\x18\x02 \x01(\x0b\x32*.queryselect.strategies.v1.LeastConfidenceH\x00\x12\x33\n\x06margin\x18\x03 \x01(\x0b\x32!.queryselect.strategies.v1.MarginH\x00\x12\x35\n\x07\x65ntropy\x18\x04 \x01(\x0b\x32\".queryselect.strategies.v1.EntropyH\x00\x12\x43\n\x0fk_center_greedy\x18\x05 \x01(\x0b\x32(.queryselect.strategies.v1.KCenterGreedyH\x00\x12/\n\x04\x62\x61it\x18\x06 \x01(\x0b\x32\x1f.queryselect.strategies.v1.BaitH\x00\x12<\n\x0b\x62\x61it_binary\x18\x07 \x01(\x0b\x32%.queryselect.strategies.v1.BaitBinaryH\x00\x12@\n\rbait_diagonal\x18\x08 \x01(\x0b\x32\'.queryselect.strategies.v1.BaitDiagonalH\x00\x12U\n\x18\x65xpected_gradient_length\x18\t \x01(\x0b\x32\x31.queryselect.strategies.v1.ExpectedGradientLengthH\x00\x12\x33\n\x06\x63ustom\x18\x64 \x01(\x0b\x32!.queryselect.strategies.v1.CustomH\x00\x42\x06\n\x04kind\"\x17\n\x15ListStrategiesRequest\"Q\n\x16ListStrategiesResponse\x12\x37\n\nstrategies\x18\x01 \x03(\x0b\x32#.queryselect.v1.StrategyDescription\"\x8b\x04\n\x13StrategyDescription\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x14\n\x07summary\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x30\n\x06inputs\x18\x03 \x03(\x0b\x32 .queryselect.v1.InputDescription\x12#\n\x05tasks\x18\x04 \x03(\x0e\x32\x14.queryselect.v1.Task\x12\x38\n\nparameters\x18\x05 \x03(\x0b\x32$.queryselect.v1.ParameterDescription\x12\x11\n\x04\x63ost\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\x13\n\x06seeded\x18\x07 \x01(\x08H\x03\x88\x01\x01\x12\x18\n\x0bpool_scores\x18\x08 \x01(\x08H\x04\x88\x01\x01\x12\x32\n\nscore_kind\x18\t \x01(\x0e\x32\x19.queryselect.v1.ScoreKindH\x05\x88\x01\x01\x12\x15\n\x08\x63itation\x18\n \x01(\tH\x06\x88\x01\x01\x12\x13\n\x06\x63ustom\x18\x0b \x01(\x08H\x07\x88\x01\x01\x12\x38\n\nreferences\x18\x0c \x03(\x0b\x32$.queryselect.v1.ReferenceDescriptionB\x07\n\x05_nameB\n\n\x08_summaryB\x07\n\x05_costB\t\n\x07_seededB\x0e\n\x0c_pool_scoresB\r\n\x0b_score_kindB\x0b\n\t_citationB\t\n\x07_custom\"d\n\x14ReferenceDescription\x12\x11\n\x04role\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x30\n\x06inputs\x18\x02 \x03(\x0b\x32 .queryselect.v1.InputDescriptionB\x07\n\x05_role\"\x86\x01\n\x10InputDescription\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05shape\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x15\n\x08required\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x14\n\x0c\x61lternatives\x18\x04 \x03(\tB\x07\n\x05_nameB\x08\n\x06_shapeB\x0b\n\t_required\"\xb7\x02\n\x14ParameterDescription\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x30\n\x04type\x18\x02 \x01(\x0e\x32\x1d.queryselect.v1.ParameterTypeH\x01\x88\x01\x01\x12\x14\n\x07\x64\x65\x66\x61ult\x18\x03 \x01(\tH\x02\x88\x01\x01\x12\x12\n\x05range\x18\x04 \x01(\tH\x03\x88\x01\x01\x12\x14\n\x07minimum\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x14\n\x07maximum\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x0e\n\x06values\x18\x07 \x03(\t\x12\x11\n\x04unit\x18\x08 \x01(\tH\x06\x88\x01\x01\x12\x10\n\x03\x64oc\x18\t \x01(\tH\x07\x88\x01\x01\x42\x07\n\x05_nameB\x07\n\x05_typeB\n\n\x08_defaultB\x08\n\x06_rangeB\n\n\x08_minimumB\n\n\x08_maximumB\x07\n\x05_unitB\x06\n\x04_doc*F\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_MULTICLASS\x10\x01\x12\x13\n\x0fTASK_MULTILABEL\x10\x02*\xe3\x01\n\tScoreKind\x12\x1a\n\x16SCORE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10SCORE_KIND_POINT\x10\x01\x12\x12\n\x0eSCORE_KIND_KEY\x10\x02\x12\x13\n\x0fSCORE_KIND_GAIN\x10\x03\x12\x17\n\x13SCORE_KIND_DISTANCE\x10\x04\x12\x16\n\x12SCORE_KIND_DENSITY\x10\x05\x12\x17\n\x13SCORE_KIND_COVERAGE\x10\x06\x12\x15\n\x11SCORE_KIND_KERNEL\x10\x07\x12\x1a\n\x16SCORE_KIND_PROBABILITY\x10\x08*\xae\x01\n\rParameterType\x12\x1e\n\x1aPARAMETER_TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13PARAMETER_TYPE_BOOL\x10\x01\x12\x16\n\x12PARAMETER_TYPE_INT\x10\x02\x12\x18\n\x14PARAMETER_TYPE_FLOAT\x10\x03\x12\x19\n\x15PARAMETER_TYPE_STRING\x10\x04\x12\x17\n\x13PARAMETER_TYPE_ENUM\x10\x05\x32r\n\x0fStrategyService\x12_\n\x0eListStrategies\x12%.queryselect.v1.ListStrategiesRequest\x1a&.queryselect.v1.ListStrategiesResponseB|\n\x11io.queryselect.v1B\rStrategyProtoP\x01ZEgithub.com/queryselect/queryselect/proto/queryselect/v1;queryselectv1\xaa\x02\x0eQuerySelect.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,24 +37,26 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'queryselect.v1.strategy_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\021io.queryselect.v1B\rStrategyProtoP\001ZEgithub.com/queryselect/queryselect/proto/queryselect/v1;queryselectv1\252\002\016QuerySelect.V1'
-  _globals['_TASK']._serialized_start=1627
-  _globals['_TASK']._serialized_end=1697
-  _globals['_SCOREKIND']._serialized_start=1700
-  _globals['_SCOREKIND']._serialized_end=1927
-  _globals['_PARAMETERTYPE']._serialized_start=1930
-  _globals['_PARAMETERTYPE']._serialized_end=2104
-  _globals['_STRATEGY']._serialized_start=225
-  _globals['_STRATEGY']._serialized_end=598
-  _globals['_LISTSTRATEGIESREQUEST']._serialized_start=600
-  _globals['_LISTSTRATEGIESREQUEST']._serialized_end=623
-  _globals['_LISTSTRATEGIESRESPONSE']._serialized_start=625
-  _globals['_LISTSTRATEGIESRESPONSE']._serialized_end=706
-  _globals['_STRATEGYDESCRIPTION']._serialized_start=709
-  _globals['_STRATEGYDESCRIPTION']._serialized_end=1174
-  _globals['_INPUTDESCRIPTION']._serialized_start=1177
-  _globals['_INPUTDESCRIPTION']._serialized_end=1311
-  _globals['_PARAMETERDESCRIPTION']._serialized_start=1314
-  _globals['_PARAMETERDESCRIPTION']._serialized_end=1625
-  _globals['_STRATEGYSERVICE']._serialized_start=2106
-  _globals['_STRATEGYSERVICE']._serialized_end=2220
+  _globals['_TASK']._serialized_start=2091
+  _globals['_TASK']._serialized_end=2161
+  _globals['_SCOREKIND']._serialized_start=2164
+  _globals['_SCOREKIND']._serialized_end=2391
+  _globals['_PARAMETERTYPE']._serialized_start=2394
+  _globals['_PARAMETERTYPE']._serialized_end=2568
+  _globals['_STRATEGY']._serialized_start=265
+  _globals['_STRATEGY']._serialized_end=902
+  _globals['_LISTSTRATEGIESREQUEST']._serialized_start=904
+  _globals['_LISTSTRATEGIESREQUEST']._serialized_end=927
+  _globals['_LISTSTRATEGIESRESPONSE']._serialized_start=929
+  _globals['_LISTSTRATEGIESRESPONSE']._serialized_end=1010
+  _globals['_STRATEGYDESCRIPTION']._serialized_start=1013
+  _globals['_STRATEGYDESCRIPTION']._serialized_end=1536
+  _globals['_REFERENCEDESCRIPTION']._serialized_start=1538
+  _globals['_REFERENCEDESCRIPTION']._serialized_end=1638
+  _globals['_INPUTDESCRIPTION']._serialized_start=1641
+  _globals['_INPUTDESCRIPTION']._serialized_end=1775
+  _globals['_PARAMETERDESCRIPTION']._serialized_start=1778
+  _globals['_PARAMETERDESCRIPTION']._serialized_end=2089
+  _globals['_STRATEGYSERVICE']._serialized_start=2570
+  _globals['_STRATEGYSERVICE']._serialized_end=2684
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import queryselect.strategies.v1.baseline_pb2
+import queryselect.strategies.v1.fisher_pb2
 import queryselect.strategies.v1.plugin_pb2
 import queryselect.strategies.v1.representation_pb2
 import queryselect.strategies.v1.uncertainty_pb2
@@ -142,6 +143,10 @@ class Strategy(google.protobuf.message.Message):
     MARGIN_FIELD_NUMBER: builtins.int
     ENTROPY_FIELD_NUMBER: builtins.int
     K_CENTER_GREEDY_FIELD_NUMBER: builtins.int
+    BAIT_FIELD_NUMBER: builtins.int
+    BAIT_BINARY_FIELD_NUMBER: builtins.int
+    BAIT_DIAGONAL_FIELD_NUMBER: builtins.int
+    EXPECTED_GRADIENT_LENGTH_FIELD_NUMBER: builtins.int
     CUSTOM_FIELD_NUMBER: builtins.int
     @property
     def random(self) -> queryselect.strategies.v1.baseline_pb2.Random:
@@ -164,6 +169,22 @@ class Strategy(google.protobuf.message.Message):
         """Farthest-first traversal."""
 
     @property
+    def bait(self) -> queryselect.strategies.v1.fisher_pb2.Bait:
+        """BAIT, by the Fisher information of all classes or of the likeliest."""
+
+    @property
+    def bait_binary(self) -> queryselect.strategies.v1.fisher_pb2.BaitBinary:
+        """BAIT, by the Fisher information of the likeliest class against the rest."""
+
+    @property
+    def bait_diagonal(self) -> queryselect.strategies.v1.fisher_pb2.BaitDiagonal:
+        """BAIT, by the diagonal of the Fisher information."""
+
+    @property
+    def expected_gradient_length(self) -> queryselect.strategies.v1.fisher_pb2.ExpectedGradientLength:
+        """Expected gradient length of the last layer."""
+
+    @property
     def custom(self) -> queryselect.strategies.v1.plugin_pb2.Custom:
         """A strategy that the operator installed."""
 
@@ -175,11 +196,15 @@ class Strategy(google.protobuf.message.Message):
         margin: queryselect.strategies.v1.uncertainty_pb2.Margin | None = ...,
         entropy: queryselect.strategies.v1.uncertainty_pb2.Entropy | None = ...,
         k_center_greedy: queryselect.strategies.v1.representation_pb2.KCenterGreedy | None = ...,
+        bait: queryselect.strategies.v1.fisher_pb2.Bait | None = ...,
+        bait_binary: queryselect.strategies.v1.fisher_pb2.BaitBinary | None = ...,
+        bait_diagonal: queryselect.strategies.v1.fisher_pb2.BaitDiagonal | None = ...,
+        expected_gradient_length: queryselect.strategies.v1.fisher_pb2.ExpectedGradientLength | None = ...,
         custom: queryselect.strategies.v1.plugin_pb2.Custom | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["custom", b"custom", "entropy", b"entropy", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "random", b"random"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["custom", b"custom", "entropy", b"entropy", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "random", b"random"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "custom"] | None: ...
+    def HasField(self, field_name: typing.Literal["bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "custom", b"custom", "entropy", b"entropy", "expected_gradient_length", b"expected_gradient_length", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "random", b"random"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "custom", b"custom", "entropy", b"entropy", "expected_gradient_length", b"expected_gradient_length", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "random", b"random"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "bait", "bait_binary", "bait_diagonal", "expected_gradient_length", "custom"] | None: ...
 
 global___Strategy = Strategy
 
@@ -232,6 +257,7 @@ class StrategyDescription(google.protobuf.message.Message):
     SCORE_KIND_FIELD_NUMBER: builtins.int
     CITATION_FIELD_NUMBER: builtins.int
     CUSTOM_FIELD_NUMBER: builtins.int
+    REFERENCES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The canonical name; for a plug-in, the name to put in Custom."""
     summary: builtins.str
@@ -260,6 +286,10 @@ class StrategyDescription(google.protobuf.message.Message):
     def parameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ParameterDescription]:
         """Its parameters."""
 
+    @property
+    def references(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ReferenceDescription]:
+        """What it reads of reference sets, one description per role; none: it reads no references."""
+
     def __init__(
         self,
         *,
@@ -274,9 +304,10 @@ class StrategyDescription(google.protobuf.message.Message):
         score_kind: global___ScoreKind.ValueType | None = ...,
         citation: builtins.str | None = ...,
         custom: builtins.bool | None = ...,
+        references: collections.abc.Iterable[global___ReferenceDescription] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "citation", b"citation", "cost", b"cost", "custom", b"custom", "name", b"name", "pool_scores", b"pool_scores", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "citation", b"citation", "cost", b"cost", "custom", b"custom", "inputs", b"inputs", "name", b"name", "parameters", b"parameters", "pool_scores", b"pool_scores", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary", "tasks", b"tasks"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "citation", b"citation", "cost", b"cost", "custom", b"custom", "inputs", b"inputs", "name", b"name", "parameters", b"parameters", "pool_scores", b"pool_scores", "references", b"references", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary", "tasks", b"tasks"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_citation", b"_citation"]) -> typing.Literal["citation"] | None: ...
     @typing.overload
@@ -297,6 +328,32 @@ class StrategyDescription(google.protobuf.message.Message):
 global___StrategyDescription = StrategyDescription
 
 @typing.final
+class ReferenceDescription(google.protobuf.message.Message):
+    """What a strategy reads of the reference sets of one role."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: builtins.int
+    INPUTS_FIELD_NUMBER: builtins.int
+    role: builtins.str
+    """The role: a ReferenceRole without its prefix, such as "LABELED"."""
+    @property
+    def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___InputDescription]:
+        """The inputs that it reads. A set of the role has all of them, but for weights."""
+
+    def __init__(
+        self,
+        *,
+        role: builtins.str | None = ...,
+        inputs: collections.abc.Iterable[global___InputDescription] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_role", b"_role", "role", b"role"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_role", b"_role", "inputs", b"inputs", "role", b"role"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_role", b"_role"]) -> typing.Literal["role"] | None: ...
+
+global___ReferenceDescription = ReferenceDescription
+
+@typing.final
 class InputDescription(google.protobuf.message.Message):
     """An input that a strategy reads."""
 
@@ -307,11 +364,11 @@ class InputDescription(google.protobuf.message.Message):
     REQUIRED_FIELD_NUMBER: builtins.int
     ALTERNATIVES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """The field's name in Pool."""
+    """The field's name in Pool, or in ReferenceSet."""
     shape: builtins.str
     """Its dimensions, for instance "N D"."""
     required: builtins.bool
-    """Whether the strategy can't do without it."""
+    """Whether the strategy can't do without it; in a reference set, without sets of that role."""
     @property
     def alternatives(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The names of the inputs that may stand in for it."""

@@ -51,7 +51,7 @@ class Points:
         self.embeddings, self.pool, self.normalize = embeddings, pool, normalize
         n, dims, device = *embeddings.shape, embeddings.device
         dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-        self.scale = 1.0 if normalize else _scale(embeddings, pool, dtype)
+        self.scale = 1.0 if normalize else power_of_two(embeddings, pool, dtype)
         total = torch.zeros(dims, dtype=torch.float64, device=device)
         for span in pool.spans(n, EXACT_BYTES * dims):
             total += self.exact(embeddings[span]).sum(0)
@@ -172,7 +172,7 @@ def _batches(*centres: Tensor) -> Iterator[Tensor]:
             yield block[start : start + step]
 
 
-def _scale(rows: Tensor, pool: Shards, dtype: torch.dtype) -> float:
+def power_of_two(rows: Tensor, pool: Shards, dtype: torch.dtype) -> float:
     """1 where no squares of the rows' entries get lost, else the power of two that makes the largest entry about 1."""
     largest = torch.zeros((), dtype=rows.dtype, device=rows.device)
     for span in pool.spans(len(rows), rows.shape[1] * rows.element_size()):

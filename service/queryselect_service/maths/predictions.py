@@ -28,19 +28,38 @@ class Predictions:
 
     Indexed by rows (a slice, a mask, row numbers) it gives their probabilities, float64: (r, C) that sum to 1 or, in a
     multi-label task, (r, L) of labels present. As a whole they may take eight times the memory of what was sent.
+
+    values: (n, C) as sent, probabilities or logits.
     """
 
-    def __init__(self, values: Tensor, *, logits: bool, multilabel: bool) -> None:
+    def __init__(self, values: Tensor, *, logits: bool = False, multilabel: bool = False) -> None:
         """values: (n, C) probabilities or logits."""
-        self._values, self._logits, self._multilabel = values, logits, multilabel
+        self.values, self._logits, self.multilabel = values, logits, multilabel
         self.shape, self.device = values.shape, values.device
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self.values)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        found = distributions(self._values[rows], logits=self._logits, multilabel=self._multilabel)
-        return found[..., 1] if self._multilabel else found
+        found = distributions(self.values[rows], logits=self._logits, multilabel=self.multilabel)
+        return found[..., 1] if self.multilabel else found
+
+    def at(self, rows: slice | Tensor) -> Predictions:
+        """Those of some rows."""
+        return self.of(self.values[rows])
+
+    def of(self, values: Tensor) -> Predictions:
+        """Those of other values (m, C), sent as these were."""
+        return Predictions(values, logits=self._logits, multilabel=self.multilabel)
+
+    def variances(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Q (1 - q) of every label (r, L) or class (r, C), with all digits however saturated q is."""
+        found = distributions(self.values[rows], logits=self._logits, multilabel=self.multilabel)
+        if self.multilabel:
+            return found.prod(-1)
+        mode, rest = split_mode(found)
+        at = found.argmax(-1, keepdim=True)
+        return (found * (1 - found)).scatter(-1, at, (mode * rest.sum(-1))[:, None])
 
 
 def split_mode(p: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,17 @@ from queryselect.strategies.v1.common_pb2 import (
     LABEL_AGGREGATION_MAX,
     LABEL_AGGREGATION_TOP_K_MEAN,
 )
+from queryselect.strategies.v1.fisher_pb2 import (
+    Bait,
+    BaitBinary,
+    BaitDiagonal,
+    ExpectedGradientLength,
+    RIDGE_SCALE_RELATIVE,
+    RIDGE_SCALE_ABSOLUTE,
+    FISHER_SCALE_MEAN,
+    FISHER_SCALE_SUM,
+    OBJECTIVE_TRACE,
+)
 from queryselect.strategies.v1.plugin_pb2 import (
     Custom,
 )
@@ -22,8 +33,14 @@ from queryselect.strategies.v1.uncertainty_pb2 import (
 )
 
 __all__ = [
+    "Bait",
+    "BaitBinary",
+    "BaitDiagonal",
     "Custom",
     "Entropy",
+    "ExpectedGradientLength",
+    "FISHER_SCALE_MEAN",
+    "FISHER_SCALE_SUM",
     "KCenterGreedy",
     "LABEL_AGGREGATION_MAX",
     "LABEL_AGGREGATION_MEAN",
@@ -31,5 +48,8 @@ __all__ = [
     "LABEL_AGGREGATION_TOP_K_MEAN",
     "LeastConfidence",
     "Margin",
+    "OBJECTIVE_TRACE",
+    "RIDGE_SCALE_ABSOLUTE",
+    "RIDGE_SCALE_RELATIVE",
     "Random",
 ]

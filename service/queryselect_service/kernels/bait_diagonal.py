@@ -1,0 +1,152 @@
+"""BAIT with the diagonals of M's inverse and of F."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from queryselect_service.choice import Choice
+from queryselect_service.maths.fisher import TIE, Rows, Terms, leader, picked, terms
+from queryselect_service.maths.predictions import Predictions
+from queryselect_service.shards import Shards
+from queryselect_service.spec import FisherDesign
+from queryselect_service.strategy import ScoreKind, Selection, strategy
+
+
+@dataclass(frozen=True)
+class BaitDiagonal(FisherDesign):
+    """Its parameters are those of all that minimise tr(M^-1 F)."""
+
+
+@strategy(
+    BaitDiagonal,
+    kind=ScoreKind.GAIN,
+    cost="O(N D C k) time, O(N + k (D + C)) memory",
+    citation="Huseljic, Hahn, Herde, Rauch and Sick, Fast Fishing: approximating BAIT for efficient and scalable deep "
+    "active image classification (2024), arXiv:2404.08981, section 5",
+)
+def bait_diagonal(
+    embeddings: Annotated[Tensor, "N D"],
+    probabilities: Annotated[Predictions, "N C"],
+    weights: Annotated[Tensor, "N"] | None = None,
+    labeled_embeddings: Annotated[Tensor, "M D"] | None = None,
+    labeled_probabilities: Annotated[Predictions, "M C"] | None = None,
+    labeled_weights: Annotated[Tensor, "M"] | None = None,
+    *,
+    spec: BaitDiagonal = BaitDiagonal(),
+    context: Tensor,
+    choice: Choice,
+    pool: Shards,
+) -> Selection:
+    r"""Prefers rows as bait does, with only the diagonals a of M^-1 and f of F, (C, D) each.
+
+        G_x = Lᵀ diag(t) L,  t_k = Σ_d a_kd x_d²;  H_x = Lᵀ diag(t') L,  t'_k = Σ_d a_kd² f_kd x_d²
+        L Lᵀ = diag(p) - p pᵀ;  q = diag(L (I + G_x)⁻¹ Lᵀ)
+        gain = tr[(I + G_x)⁻¹ H_x] = Σ_k q_k t'_k;  a_kd ← a_kd - a_kd² x_d² q_k
+
+    Since Σ p = 1, no matrix need be inverted: with π_k = p_k / (1 + p_k t_k),  q_k = π_k (1 - π_k / Σ π). Backward the
+    signs turn.
+
+    embeddings: (n, D). probabilities: (n, C), or per label (n, L), each with q_l (1 - q_l) for L Lᵀ. weights: (n,),
+    mass of a row in F. labeled_*: labelled rows that are not in the pool, M of them. Scores are the gains when chosen.
+
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    >>> p = Predictions(torch.tensor([[0.4, 0.3, 0.3], [0.9, 0.1, 0.0], [0.4, 0.3, 0.3]]))
+    >>> from queryselect_service.shards import Whole
+    >>> choice = Choice(2, torch.ones(3, dtype=torch.bool), Whole(3))
+    >>> bait_diagonal(x, p, context=torch.tensor([], dtype=torch.int64), choice=choice, pool=Whole(3)).indices
+    tensor([2, 0])
+    """
+    problem = terms(
+        embeddings,
+        probabilities,
+        weights=weights,
+        labeled_embeddings=labeled_embeddings,
+        labeled_predictions=labeled_probabilities,
+        labeled_weights=labeled_weights,
+        context=context,
+        k=choice.k,
+        spec=spec,
+        pool=pool,
+    )
+    f = problem.total(_information)
+    inverse = 1 / (problem.ridge + problem.context_total(_information))  # a, (C, D)
+    choice.oversample(spec.oversampling)
+    rows: list[Tensor] = []
+    scores: list[Tensor] = []
+    picks: list[tuple[Tensor, Predictions]] = []  # x² (D,) and predictions of one row
+    first = gains = _gains(problem, inverse, f)
+    for step in range(choice.steps):
+        pool.progress(step, choice.steps)
+        row, score, x, values = leader(choice, gains, embeddings, probabilities.values)
+        if choice.ends(score):
+            break
+        choice.take(row)
+        rows.append(row)
+        scores.append(score)
+        picks.append(((x.double() * problem.rows.scale).square(), probabilities.of(values[None])))
+        inverse, _ = _moved(inverse, f, *picks[-1], problem.scale)
+        if step + 1 < choice.steps:
+            gains = _gains(problem, inverse, f)
+
+    left = list(range(len(rows)))
+    numbers = torch.stack(rows) if rows else context[:0]
+    while choice.excess:
+        pool.check()
+        allowed = choice.droppable(numbers[left])
+        losses = torch.stack([-_moved(inverse, f, *picks[at], -problem.scale)[1] for at in left])
+        losses = torch.where(losses.isfinite() & allowed, losses, torch.inf)
+        if not bool(losses.isfinite().any()):
+            losses = torch.where(allowed, 0.0, torch.inf)
+        tied = losses <= losses.min() + TIE * losses.min().abs()
+        at = left.pop(int(torch.where(tied, numbers[left], -1).argmax()))  # of equal ones the highest row
+        inverse, _ = _moved(inverse, f, *picks[at], -problem.scale)
+        choice.drop(numbers[at])
+    found = torch.stack(scores)[left] if scores else gains[:0]
+    return picked(numbers[left], found, lambda: first)
+
+
+def _information(rows: Rows) -> Tensor:
+    """The diagonal of Σ mass I_x: (C, D)."""
+    dims, classes = rows.embeddings.shape[1], rows.predictions.shape[1]
+    found = torch.zeros(classes, dims, dtype=torch.float64, device=rows.mass.device)
+    for span in rows.spans(2 * dims * classes, 2 * dims + 8 * classes):
+        found.addmm_((rows.predictions.variances(span) * rows.mass[span, None]).T, rows.x(span).square_())
+    return found
+
+
+def _gains(problem: Terms, inverse: Tensor, f: Tensor) -> Tensor:
+    """Every row's gain (n,) under a and f (C, D)."""
+    rows = problem.rows
+    classes, dims = inverse.shape
+    both = torch.cat([inverse, inverse.square() * f])  # (2 C, D)
+    gains = torch.empty_like(rows.mass)
+    for span in rows.spans(4 * dims * classes, 2 * dims + 12 * classes):
+        t, rise = (rows.x(span).square_() @ both.T).chunk(2, dim=1)  # (m, C)
+        gains[span] = problem.scale * (_kept(rows.predictions.at(span), problem.scale * t) * rise).sum(1)
+    return gains
+
+
+def _moved(
+    inverse: Tensor, f: Tensor, squares: Tensor, predictions: Predictions, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What a becomes when a row with x² (D,) is taken, and what the objective falls by, (); dropped for a scale < 0."""
+    q = scale * _kept(predictions, scale * (inverse @ squares)[None])[0]  # (C,)
+    fall = inverse.square() * squares * q[:, None]
+    return inverse - fall, (fall * f).sum()
+
+
+def _kept(predictions: Predictions, t: Tensor) -> Tensor:
+    """Q (m, C) for t (m, C), both without the scale that a pick's information has."""
+    if predictions.multilabel:
+        variances = predictions.variances()
+        return variances / (1 + variances * t)
+    p = predictions[:]
+    pi = p / (1 + p * t)
+    most = pi.abs().argmax(1, keepdim=True)
+    rest = pi.scatter(1, most, 0.0).sum(1, keepdim=True)  # where one class has nearly all, Σ π - π is what is left
+    total = rest + pi.gather(1, most)
+    return pi * (total - pi).scatter(1, most, rest) / total

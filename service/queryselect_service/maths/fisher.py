@@ -1,0 +1,367 @@
+"""What the strategies share that minimise tr(M^-1 F): the terms of M and F, the leader of a step, the backward phase.
+
+Everything here is float64 whatever the inputs are: gains fall by many orders of magnitude while a batch grows, and the
+picks of every float type are to be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from queryselect_service.choice import Choice
+from queryselect_service.errors import InvalidInput
+from queryselect_service.maths.distances import power_of_two
+from queryselect_service.maths.predictions import Predictions
+from queryselect_service.selection import Notice, NoticeCode, Selection
+from queryselect_service.shards import Shards
+from queryselect_service.spec import FisherDesign, FisherScale, RidgeScale
+
+#: Gains that differ by less than this part of theirs are equal: what rounding may do to rows that are the same.
+TIE = 1e-10
+#: Rounding errors that a sum of products has, in units of what is summed.
+ROUNDING = 16 * torch.finfo(torch.float64).eps
+#: The least ridge as a part of the mean squared length per dimension: below, float64 does not tell it from 0.
+LEAST_RIDGE = 1e-13
+#: Multiply-adds that take as long as touching one byte, on two cores as on a GPU: spans are measured in bytes.
+FLOPS_PER_BYTE = 32
+#: How far a pivot of the backward phase may fall before all are computed anew.
+LOST_DIGITS = 1e-4
+#: The most columns of picks whose matrices are kept for that.
+KEPT = 4096
+#: The side of a tile of a large product: one takes about 100 ms at the sides that fit a memory.
+TILE = 512
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows with their predictions, read as float64 where they are needed.
+
+    embeddings: (n, D), times `scale`, a power of two, when read. mass: (n,) float64, what a row counts in a sum.
+    """
+
+    embeddings: Tensor
+    predictions: Predictions
+    mass: Tensor
+    scale: float
+    pool: Shards
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def x(self, rows: slice | Tensor) -> Tensor:
+        """Embeddings (m, D) in memory of their own."""
+        found = self.embeddings[rows].to(torch.float64, copy=True)
+        return found if self.scale == 1 else found.mul_(self.scale)
+
+    def spans(self, flops: float, entries: int) -> Iterator[slice]:
+        """Stretches of rows. flops, entries: the multiply-adds and float64 numbers that the work on one row takes."""
+        return self.pool.spans(len(self), max(8 * entries, int(flops / FLOPS_PER_BYTE)))
+
+    def at(self, rows: Tensor, mass: float | None = None) -> Rows:
+        """Some of the rows, with their own mass or all with the same."""
+        masses = self.mass[rows] if mass is None else torch.full_like(self.mass[rows], mass)
+        return Rows(self.embeddings[rows], self.predictions.at(rows), masses, self.scale, self.pool)
+
+
+#: The sum over some rows (n,) of their mass times something of theirs.
+Part = Callable[[Rows], Tensor]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What M = λI + Σ context + scale Σ picks and F are made of.
+
+    rows: those of this place, their mass adding up to 1 with that of all others that count in F. context: those of this
+    place that count as labelled; their mass is what their information is multiplied by in M. beside, context_beside:
+    labelled rows that are in no slice, the same in each. scale: what a pick's information is multiplied by,
+    B/(n_L + B).
+    """
+
+    rows: Rows
+    beside: Rows | None
+    context: Rows
+    context_beside: Rows | None
+    labeled: int  # n_L
+    ridge: float
+    scale: float
+
+    @property
+    def pool(self) -> Shards:
+        """The pool that the rows are of."""
+        return self.rows.pool
+
+    def total(self, part: Part) -> Tensor:
+        """The sum over every row that counts in F."""
+        return _total(self.pool, self.rows, self.beside, part)
+
+    def context_total(self, part: Part) -> Tensor:
+        """The sum over every row that counts as labelled."""
+        return _total(self.pool, self.context, self.context_beside, part)
+
+
+def _total(pool: Shards, here: Rows, beside: Rows | None, part: Part) -> Tensor:
+    found = pool.sum(part(here))
+    return found if beside is None else found + part(beside)
+
+
+def terms(
+    embeddings: Tensor,
+    predictions: Predictions,
+    *,
+    weights: Tensor | None,
+    labeled_embeddings: Tensor | None,
+    labeled_predictions: Predictions | None,
+    labeled_weights: Tensor | None,
+    context: Tensor,
+    k: int,
+    spec: FisherDesign,
+    pool: Shards,
+) -> Terms:
+    """The terms of a selection of k rows.
+
+    embeddings: (n, D). weights: (n,), masses in F, 1 by default. labeled_*: of labelled rows that are not in the pool.
+    context: (l,) rows here that count as labelled. Raises InvalidInput for an absolute ridge that float64 can't hold
+    beside such embeddings.
+    """
+    scale = power_of_two(embeddings, pool, torch.float64)
+    here = Rows(embeddings, predictions, _masses(weights, embeddings), scale, pool)
+    beside = None
+    if labeled_embeddings is not None and labeled_predictions is not None:
+        masses = _masses(labeled_weights, labeled_embeddings)
+        beside = Rows(labeled_embeddings, labeled_predictions, masses, scale, pool)
+    sums = _total(pool, here, beside, _mass_and_squares)
+    mass, squares = sums[0], float(sums[1] / sums[0])
+    here.mass.div_(mass)
+    if beside is not None:
+        beside.mass.div_(mass)
+    labeled = int(pool.sum(torch.tensor(len(context), device=embeddings.device))) + (
+        0 if beside is None else len(beside)
+    )
+    share = k / (labeled + k)
+    each = 1 / (labeled + k) if spec.fisher_scale is FisherScale.MEAN else labeled / (labeled + k)
+    return Terms(
+        here,
+        beside,
+        here.at(context, each),
+        None if beside is None else beside.at(torch.arange(len(beside), device=embeddings.device), each),
+        labeled,
+        _ridge(spec, scale, squares / embeddings.shape[1]),
+        share,
+    )
+
+
+def _masses(weights: Tensor | None, embeddings: Tensor) -> Tensor:
+    if weights is None:
+        return torch.ones(len(embeddings), dtype=torch.float64, device=embeddings.device)
+    return weights.to(torch.float64, copy=True)
+
+
+def _mass_and_squares(rows: Rows) -> Tensor:
+    """The masses' sum, and that of mass times squared length: (2,)."""
+    found = torch.zeros(2, dtype=torch.float64, device=rows.mass.device)
+    for span in rows.spans(0, 4 * rows.embeddings.shape[1]):
+        found[0] += rows.mass[span].sum()
+        found[1] += rows.mass[span] @ rows.x(span).square_().sum(1)
+    return found
+
+
+def _ridge(spec: FisherDesign, scale: float, squares: float) -> float:
+    """λ beside embeddings times `scale`. squares: their mean square per dimension."""
+    if spec.ridge_scale is RidgeScale.RELATIVE:
+        return spec.ridge * squares or 1.0  # embeddings of zeros hold no information under any ridge
+    ridge = spec.ridge * scale * scale
+    if not max(LEAST_RIDGE * squares, torch.finfo(torch.float64).tiny) <= ridge < 1e300:
+        raise InvalidInput(
+            f"ridge {spec.ridge:g} can't be told from {'0' if ridge < 1 else 'infinity'} beside embeddings whose mean "
+            f"square per dimension is {squares / scale / scale:.3g}; "
+            "take ridge_scale RELATIVE, or an absolute ridge near that",
+            field="ridge",
+        )
+    return ridge
+
+
+def leader(choice: Choice, gains: Tensor, *rows: Tensor, errors: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The lowest of the free rows whose gains (n,) are as good as the best: its number, gain, and row of `rows`.
+
+    errors: (n,), how wrong gains may be. Where none is free, the gain is -inf.
+    """
+    _, best = choice.best(gains)
+    upper = gains if errors is None else gains + errors
+    first = torch.where(upper >= best - TIE * best.abs(), 0.0, -torch.inf)
+    row, _, gain, *found = choice.best(first, gains, *rows)
+    return (row, torch.where(best == -torch.inf, best, gain), *found)
+
+
+@dataclass
+class Forward:
+    """What the forward phase leaves for the backward one, for picks in their order, c columns each, and L problems.
+
+    rows: (m,) global; scores: (m,) float64. With A as it was before the first pick, V the picks' columns:
+
+    root: (L, m c, m c) lower triangular, Λ Λᵀ = I + VᵀAV. fisher: (L, m c, m c), Φ = UᵀFU where U = A V Λ⁻ᵀ. Both are
+    made when asked for, once.
+    """
+
+    rows: Tensor
+    scores: Tensor
+    columns: int
+    matrices: Callable[[], tuple[Tensor, Tensor]]
+
+
+def backward(forward: Forward, choice: Choice, pool: Shards) -> tuple[Tensor, Tensor]:
+    """Drops the pick whose loss is least, one after the other, until no more are left than wanted.
+
+    With Q = (ΛΛᵀ)⁻¹ and J = Λ⁻ᵀΦΛ⁻¹, which are I - VᵀAV and VᵀAFAV with the A of all picks that are left, the objective
+    rises by tr[Q_ss⁻¹ J_ss] when s is dropped. Returns the rows and scores of those that are left, in their order.
+    """
+    left = torch.ones(len(forward.rows), dtype=torch.bool, device=forward.rows.device)
+    if choice.excess:
+        phase = _Backward(forward, pool)
+        while choice.excess:
+            allowed = left.clone()
+            allowed[left] = choice.droppable(forward.rows[left])
+            position = phase.least(allowed, forward.rows)
+            choice.drop(forward.rows[position])
+            left[position] = False
+            if choice.excess:
+                phase.drop(position, left)
+    return forward.rows[left], forward.scores[left]
+
+
+class _Backward:
+    """The losses of picks, and what changes them."""
+
+    def __init__(self, forward: Forward, pool: Shards) -> None:
+        self._pool, self._columns = pool, forward.columns
+        root, fisher = forward.matrices()
+        # Kept where there is room for them, to start again from what no step has touched.
+        self._kept = (root, fisher) if root.shape[-1] <= KEPT else None
+        self._start(torch.arange(len(forward.rows), device=forward.rows.device), [root, fisher])
+
+    def _start(self, left: Tensor, matrices: list[Tensor]) -> None:
+        """Q and J of the picks that are left (r,). matrices: their Λ and Φ; emptied, so that each goes when read."""
+        fisher = matrices.pop()
+        inverse = inverse_of_root(matrices.pop(), self._pool)
+        right = product(fisher, inverse, self._pool)
+        del fisher
+        self._left, self._j = left, product(inverse.mT, right, self._pool)  # (L, r c, r c)
+        del right
+        self._q = product(inverse.mT, inverse, self._pool)  # (L, r c, r c)
+        self._first = self._diagonal(self._q).diagonal(dim1=-2, dim2=-1).clone()  # (L, r, c)
+
+    def _restart(self, left: Tensor, root: Tensor, fisher: Tensor) -> None:
+        """Computes Q and J of the picks that are left (r,) anew. root, fisher: Λ and Φ of all."""
+        at = (left[:, None] * self._columns + torch.arange(self._columns, device=left.device)).flatten()
+        mine = root[:, at]  # (L, r c, m c)
+        new = root_of(mine @ mine.mT, self._pool)
+        middle = torch.linalg.solve_triangular(new, mine, upper=False)
+        self._start(left, [new, middle @ fisher @ middle.mT])
+
+    def _diagonal(self, x: Tensor) -> Tensor:
+        """The picks' own blocks (L, r, c, c) of x (L, r c, r c)."""
+        size, c = len(self._left), self._columns
+        return x.view(len(x), size, c, size, c).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+    def least(self, allowed: Tensor, rows: Tensor) -> Tensor:
+        """The position () of the pick of least loss among those allowed (m,); of equal ones that of the highest row."""
+        own, theirs = self._diagonal(self._q), self._diagonal(self._j)
+        solved, _ = torch.linalg.solve_ex(own, theirs)
+        losses = solved.diagonal(dim1=-2, dim2=-1).sum((0, -1))  # (r,)
+        losses = torch.where(losses.isfinite() & allowed[self._left], losses, torch.inf)
+        if not bool(losses.isfinite().any()):  # a block that is singular to float64: it goes last
+            losses = torch.where(allowed[self._left], 0.0, torch.inf)
+        least = losses.min()
+        tied = losses <= least + TIE * least.abs()
+        return self._left[torch.where(tied, rows[self._left], -1).argmax()]
+
+    def drop(self, position: Tensor, left: Tensor) -> None:
+        """Takes the pick at a position () out of Q and J; left: (m,) which ones stay.
+
+        Q' = Q - Q_:s Q_ss⁻¹ Q_s:        J' = J - α βᵀ - β αᵀ,  α = Q_:s Q_ss⁻¹,  β = J_:s - ½ α J_ss
+        """
+        c = self._columns
+        at = int((self._left < position).sum()) * c
+        some = slice(at, at + c)
+        column, theirs = self._q[..., some].clone(), self._j[..., some].clone()
+        alpha = torch.linalg.solve(column[:, some].mT, column.mT).mT
+        beta = theirs - 0.5 * alpha @ theirs[:, some]
+        size = self._q.shape[-1]
+        for span in self._pool.spans(size, max(48 * size, 6 * c * size // FLOPS_PER_BYTE)):
+            self._q[:, span] -= alpha[:, span] @ column.mT
+            self._j[:, span] -= alpha[:, span] @ beta.mT + beta[:, span] @ alpha.mT
+        now = self._diagonal(self._q).diagonal(dim1=-2, dim2=-1)
+        stays = left[self._left]
+        # Where a pick's own block has lost more digits than float64 can spare, all is computed anew.
+        if self._kept is not None and bool((now[:, stays] < LOST_DIGITS * self._first[:, stays]).any()):
+            self._restart(left.nonzero().squeeze(1), *self._kept)
+
+
+def product(a: Tensor, b: Tensor, pool: Shards) -> Tensor:
+    """A @ b for (L, m, n) and (L, n, p), a tile at a time."""
+    out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    for rows in range(0, a.shape[1], TILE):
+        for columns in range(0, b.shape[2], TILE):
+            pool.check()
+            i, j = slice(rows, rows + TILE), slice(columns, columns + TILE)
+            out[:, i, j] = a[:, i] @ b[:, :, j]
+    return out
+
+
+def inverse_of_root(root: Tensor, pool: Shards) -> Tensor:
+    """The inverse (L, n, n) of a lower triangular matrix, a tile at a time."""
+    size = root.shape[-1]
+    inverse = torch.zeros_like(root)
+    tiles = [slice(start, min(start + TILE, size)) for start in range(0, size, TILE)]
+    for at, j in enumerate(tiles):
+        eye = torch.eye(j.stop - j.start, dtype=root.dtype, device=root.device).expand(len(root), -1, -1)
+        inverse[:, j, j] = torch.linalg.solve_triangular(root[:, j, j], eye, upper=False)
+        for i in tiles[at + 1 :]:
+            pool.check()
+            known = slice(j.start, i.start)
+            right = root[:, i, known] @ inverse[:, known, j]
+            inverse[:, i, j] = torch.linalg.solve_triangular(root[:, i, i], -right, upper=False)
+    return inverse
+
+
+def root_of(matrix: Tensor, pool: Shards) -> Tensor:
+    """The Cholesky factor (L, n, n) of symmetric positive definite matrices, a tile at a time.
+
+    Raises InvalidInput where float64 can't tell a matrix from a singular one.
+    """
+    size = matrix.shape[-1]
+    root = torch.zeros_like(matrix)
+    tiles = [slice(start, min(start + TILE, size)) for start in range(0, size, TILE)]
+    for at, j in enumerate(tiles):
+        done = slice(0, j.start)
+        found, failed = torch.linalg.cholesky_ex(matrix[:, j, j] - root[:, j, done] @ root[:, j, done].mT)
+        if bool(failed.any()):
+            raise InvalidInput("ridge is too small for float64 beside these embeddings; raise it", field="ridge")
+        root[:, j, j] = found
+        for i in tiles[at + 1 :]:
+            pool.check()
+            right = matrix[:, i, j] - root[:, i, done] @ root[:, j, done].mT
+            root[:, i, j] = torch.linalg.solve_triangular(found, right.mT, upper=False).mT
+    return root
+
+
+def selection(
+    forward: Forward, choice: Choice, pool: Shards, gains: Callable[[], Tensor], notices: tuple[Notice, ...] = ()
+) -> Selection:
+    """What is left after the backward phase. gains: every row's gain (n,) at the first step."""
+    return picked(*backward(forward, choice, pool), gains, notices)
+
+
+def picked(rows: Tensor, scores: Tensor, gains: Callable[[], Tensor], notices: tuple[Notice, ...] = ()) -> Selection:
+    """The answer of rows (k,) with scores (k,), and a notice of those that brought nothing."""
+    inert = rows[scores <= 0]
+    if len(inert):
+        message = (
+            f"{len(inert)} picks have gain 0: their probabilities are saturated, or their embeddings 0. Logits keep "
+            "the digits that probabilities lose"
+        )
+        notices = (*notices, Notice(NoticeCode.SATURATED, message, inert))
+    return Selection(rows, scores, gains, notices)
