@@ -13,9 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from queryselect import Client, Custom
-from queryselect_service.shards import Shards
 from queryselect_service.spec import Spec, parameter
-from queryselect_service.strategy import ScoreKind, Selection, strategy
+from queryselect_service.strategy import Choice, ScoreKind, Selection, rank, strategy
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,9 @@ class Brightest(Spec):
 
 
 @strategy(Brightest, kind=ScoreKind.POINT, cost="O(N D) time, O(N) memory", citation="this file, 2026")
-def brightest(
-    embeddings: Annotated[Tensor, "N D"], *, k: int, spec: Brightest, candidates: Tensor, pool: Shards
-) -> Selection:
+def brightest(embeddings: Annotated[Tensor, "N D"], *, choice: Choice, spec: Brightest) -> Selection:
     """Prefers rows with the longest embeddings."""
-    lengths = embeddings.double().norm(p=spec.power, dim=1)  # (n,)
-    rows, scores = pool.top(lengths, k, candidates)
-    return Selection(rows, scores, lambda: lengths)
+    return rank(embeddings.double().norm(p=spec.power, dim=1), choice)
 
 
 with Client("local:") as client:

@@ -10,9 +10,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from queryselect_service.maths.predictions import Predictions
 from queryselect_service.shards import Shards
 from queryselect_service.spec import Spec, parameter
-from queryselect_service.strategy import ScoreKind, Selection, Task, pointwise, strategy
+from queryselect_service.strategy import Choice, ScoreKind, Selection, Task, pointwise, rank, strategy
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,43 @@ def scaled(probabilities: Annotated[Tensor, "N C"], embeddings: Annotated[Tensor
     time.sleep(spec.seconds)
     last_seen["at"] = time.monotonic()
     return probabilities.amax(-1) * embeddings.sum(-1)
+
+
+@strategy(Spec, kind=ScoreKind.GAIN, cost="O(N D + M (D + C))", citation="2026")
+def guided(
+    embeddings: Annotated[Tensor, "N D"],
+    weights: Annotated[Tensor, "N"] | None = None,
+    labeled_embeddings: Annotated[Tensor, "M D"] | None = None,
+    labeled_probabilities: Annotated[Predictions, "M C"] | None = None,
+    labeled_weights: Annotated[Tensor, "M"] | None = None,
+    *,
+    choice: Choice,
+) -> Selection:
+    """A kernel that reads one role, all of it optional: how far along a row is to what is labelled with certainty."""
+    gains = embeddings.double().sum(1)
+    if labeled_embeddings is not None:
+        mass = labeled_probabilities[:].amax(1) * (1 if labeled_weights is None else labeled_weights)
+        gains = embeddings.double() @ (mass[:, None] * labeled_embeddings).sum(0)
+    if weights is not None:
+        gains = gains * weights
+    return rank(gains, choice)
+
+
+@pointwise(Spec, cost="O(N D + M D)", citation="2026")
+def between(
+    embeddings: Annotated[Tensor, "N D"],
+    target_probabilities: Annotated[Tensor, "M C"],
+    avoid_embeddings: Annotated[Tensor, "M D"] | None = None,
+    target_weights: Annotated[Tensor, "M"] | None = None,
+) -> Tensor:
+    """A pointwise kernel of two roles, one of which it can't do without; its weights it can."""
+    scores = embeddings.sum(1) * target_probabilities[:, 0].sum()
+    if target_weights is not None:
+        scores = scores * target_weights.sum()
+    return scores if avoid_embeddings is None else scores - embeddings @ avoid_embeddings.mean(0)
+
+
+@strategy(Spec, kind=ScoreKind.POINT, cost="O(N + M)", citation="2026", pool_scores=False)
+def weighed(*, choice: Choice, labeled_weights: Annotated[Tensor, "M"]) -> Selection:
+    """A kernel that asks for nothing but weights, and gets them whether they are given or not."""
+    return rank(torch.arange(len(choice.free)).double() * labeled_weights.sum(), choice)

@@ -16,7 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from multiprocessing.connection import Connection, wait
@@ -89,11 +89,12 @@ class Processes:
     def select(self, name: str, inputs: dict[str, Tensor], cuts: Sequence[int], **options: Any) -> Selected:
         """strategies.select on slices of the rows, [cuts[i], cuts[i + 1]) each; all must return the same.
 
-        options: those of strategies.select, `context` and `candidates` in terms of all rows.
+        options: those of strategies.select, `context`, `candidates` and `limits` in terms of all rows.
         """
         strategy = strategies.STRATEGIES.get(name) or strategies.PLUGINS[name]
         rowwise = strategies.per_row(strategy, inputs)
         context, candidates = options.pop("context"), options.pop("candidates")
+        limits = options.pop("limits", None) or strategies.Limits()
         found: list[Selected] = self.run(
             _select,
             *(
@@ -103,6 +104,7 @@ class Processes:
                     {
                         "context": context[(start <= context) & (context < stop)] - start,
                         "candidates": candidates[start:stop].clone(),
+                        "limits": limits.mapped(lambda x, start=start, stop=stop: x[start:stop].clone()),
                         **options,
                     },
                 )
@@ -110,10 +112,11 @@ class Processes:
             ),
         )
         first = found[0]
+        if first.pool_scores is not None:
+            first = replace(first, pool_scores=np.concatenate([each.pool_scores for each in found]))
         for other in found[1:]:
-            assert (other.indices, other.scores, other.notices) == (first.indices, first.scores, first.notices)
-        pool_scores = None if first.pool_scores is None else np.concatenate([each.pool_scores for each in found])
-        return Selected(first.indices, first.scores, pool_scores, first.notices)
+            assert replace(other, pool_scores=None) == replace(first, pool_scores=None)
+        return first
 
     def close(self) -> None:
         """Ends the processes; the next run starts new ones."""
@@ -144,6 +147,8 @@ class Selected:
     scores: list[float]
     pool_scores: np.ndarray | None
     notices: list[tuple[str, str, list[int] | None]]
+    stop_reason: str = "MAX_ITEMS"
+    cost_spent: float | None = None
 
 
 def selected(selection: strategies.Selection) -> Selected:
@@ -153,6 +158,8 @@ def selected(selection: strategies.Selection) -> Selected:
         selection.scores.tolist(),
         None if selection.pool_scores is None else selection.pool_scores().numpy(),
         [(each.code, each.message, None if each.rows is None else each.rows.tolist()) for each in selection.notices],
+        selection.stop_reason,
+        selection.cost_spent,
     )
 
 

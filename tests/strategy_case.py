@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 
 from queryselect import Client, InvalidInput, Picks
 from queryselect_service import strategy as strategies
+from queryselect_service.quotas import Quota, QuotaLimit
 from queryselect_service.shards import Whole
 from queryselect_service.spec import build
+from queryselect_service.strategy import Limits
 from tests.slices import Processes, Selected, selected
 
 ROWS = 30
@@ -61,6 +63,8 @@ def assert_promised(whole: Selected, sliced: Selected, tolerance: float) -> None
         if ours != theirs:
             return  # from here on the two may go their own ways
     assert sliced.notices == whole.notices
+    assert sliced.stop_reason == whole.stop_reason
+    assert sliced.cost_spent == whole.cost_spent
 
 
 class StrategyCase:
@@ -114,7 +118,13 @@ class StrategyCase:
         return coarse
 
     def whole_and_sliced(
-        self, slices: Processes, cuts: list[int], inputs: dict[str, torch.Tensor], k: int, **lists: list[int]
+        self,
+        slices: Processes,
+        cuts: list[int],
+        inputs: dict[str, torch.Tensor],
+        k: int,
+        limits: Limits | None = None,
+        **lists: list[int],
     ) -> tuple[Selected, Selected]:
         """The picks from one tensor and from slices of it, [cuts[i], cuts[i + 1]) each."""
         context = torch.tensor(sorted({*lists.get("labeled", ()), *lists.get("pending", ())}), dtype=torch.int64)
@@ -127,6 +137,7 @@ class StrategyCase:
             "spec": build(self.strategy.spec, self.params),
             "task": strategies.Task(self.options.get("task", "MULTICLASS")),
             "seed": 3,
+            "limits": limits,
         }
         with torch.inference_mode():
             whole = selected(strategies.select(self.strategy, inputs, pool=Whole(ROWS), **options))
@@ -286,6 +297,107 @@ class StrategyCase:
             assert sliced.indices == whole.indices
             if different == 1 and not self.strategy.seeded:
                 assert sliced.indices == np.setdiff1d(np.arange(ROWS), lists.get("labeled", []))[:25].tolist()
+
+    # Quotas, costs and a least gain.
+
+    def test_a_quota_is_kept_and_ends_the_selection(self, local):
+        for seed in range(3):
+            groups = np.random.default_rng(seed).permutation(ROWS) % 7
+            got = self.select(local, self.inputs(seed), 16, groups=groups, max_per_group=2, labeled=[3], seed=seed)
+            assert np.unique(groups[got.indices], return_counts=True)[1].tolist() == [2] * 7
+            assert got.stop_reason == "QUOTAS"
+            (warning,) = (each for each in got.warnings if each.code == "CONSTRAINED")
+            assert warning.message.startswith("14 of 16 picks: quota 'groups' is full for 15 of the 15 candidates left")
+
+    def test_a_cost_budget_is_kept_and_ends_the_selection(self, local):
+        for seed in range(3):
+            costs = np.random.default_rng(seed).integers(4, 9, ROWS) / 4
+            got = self.select(local, self.inputs(seed), 20, costs=costs, cost_budget=8, labeled=[3], seed=seed)
+            left = np.delete(costs, [3, *got.indices]).min()
+            assert got.cost_spent == costs[got.indices].sum() <= 8
+            assert got.stop_reason == "MAX_COST"
+            (warning,) = (each for each in got.warnings if each.code == "CONSTRAINED")
+            words = f"{got.cost_spent:g} of the cost budget of 8 spent; the cheapest row left costs {left:g}"
+            assert warning.message == f"{len(got)} of 20 picks: {words}"
+
+    def test_minima_are_met(self, local):
+        for seed in range(3):
+            classes = np.random.default_rng(seed).integers(0, 5, ROWS)
+            quota = {"name": "class", "values": classes, "limits": {1: (3, None), 4: (2, 2)}}
+            got = self.select(local, self.inputs(seed), 6, quotas=[quota], seed=seed)
+            assert len(got) == 6
+            assert (classes[got.indices] == 1).sum() >= 3
+            assert (classes[got.indices] == 4).sum() == 2
+            assert (got.stop_reason, len(got)) == ("MAX_ITEMS", 6)
+            assert "CONSTRAINED" not in {each.code for each in got.warnings}
+
+    def test_limits_that_do_not_bind_change_nothing(self, local):
+        plain = self.select(local, self.inputs(), 9, labeled=[0])
+        limits = {"groups": np.arange(ROWS) // 3, "max_per_group": 3, "costs": np.ones(ROWS), "cost_budget": 100}
+        bound = self.select(local, self.inputs(), 9, labeled=[0], **limits)
+        assert bound.indices.tolist() == plain.indices.tolist()
+        np.testing.assert_allclose(bound.scores, plain.scores, rtol=1e-9)
+        assert (bound.stop_reason, bound.cost_spent, plain.cost_spent) == ("MAX_ITEMS", 9.0, None)
+        assert [each.code for each in bound.warnings] == [each.code for each in plain.warnings]
+
+    def test_rows_that_no_limit_allows_are_as_good_as_no_candidates(self, local):
+        never = np.arange(ROWS) % 4 == 1
+        rows = {"labeled": [0, 5], "candidates": np.flatnonzero(~never & (np.arange(ROWS) % 5 > 0)), "seed": 1}
+        plain = self.select(local, self.inputs(), 5, return_pool_scores=self.strategy.pool_scores, **rows)
+        listed = {**rows, "candidates": np.flatnonzero(np.arange(ROWS) % 5 > 0)}
+        for limits in (
+            {"costs": np.where(never, 7.0, 0.0), "cost_budget": 6},
+            {"quotas": [{"values": never.astype(int), "limits": {1: 0}}]},
+            {"quotas": [{"values": never.astype(int), "default_max": 0, "limits": {0: ROWS}}]},
+        ):
+            got = self.select(local, self.inputs(), 5, return_pool_scores=self.strategy.pool_scores, **listed, **limits)
+            assert got.indices.tolist() == plain.indices.tolist()
+            np.testing.assert_allclose(got.scores, plain.scores, rtol=1e-9)
+            if plain.pool_scores is not None:
+                assert got.pool_scores.tolist() == plain.pool_scores.tolist()
+
+    def test_limits_of_excluded_rows_do_not_matter(self, local):
+        gone = np.array([0, 7, 8, 29])
+        kept = np.setdiff1d(np.arange(ROWS), gone)
+        groups, costs = np.arange(ROWS) // 2, np.arange(ROWS) % 3 + 0.5
+        costs[gone] = np.nan
+        rest = self.take(self.inputs(), kept)
+        some = {"labeled": [2, 9], "cost_budget": 6, "seed": 3}
+        excluded = self.select(local, self.inputs(), 9, **some, excluded=gone, groups=groups, costs=costs)
+        some["labeled"] = np.flatnonzero(np.isin(kept, [2, 9]))
+        options = {} if rest else {"num_rows": len(kept)}
+        deleted = self.select(local, rest, 9, **some, groups=groups[kept], costs=costs[kept], **options)
+        assert excluded.indices.tolist() == kept[deleted.indices].tolist()
+        assert excluded.cost_spent == deleted.cost_spent <= 6
+        assert np.unique(groups[excluded.indices], return_counts=True)[1].max() == 1
+
+    def test_a_least_gain_ends_the_selection(self, local):
+        if self.strategy.score_kind != "GAIN":
+            with pytest.raises(InvalidInput) as caught:
+                self.select(local, self.inputs(), min_gain=0.0)
+            assert caught.value.field == "stop.min_gain"
+            return
+        plain = self.select(local, self.inputs(), ROWS - 1, labeled=[0])
+        least = float(np.median(plain.scores))
+        got = self.select(local, self.inputs(), ROWS - 1, labeled=[0], min_gain=least)
+        assert 0 < len(got) < ROWS - 1
+        assert got.stop_reason == "MIN_GAIN"
+        (warning,) = (each for each in got.warnings if each.code == "CONSTRAINED")
+        assert f"below min_gain {least:g}" in warning.message
+
+    @pytest.mark.parametrize("cuts", CUTS, ids=str)
+    def test_slices_keep_the_limits_that_the_whole_pool_keeps(self, slices, cuts):
+        inputs = {name: torch.from_numpy(x) for name, x in self.inputs().items()}
+        rng = np.random.default_rng(0)
+        values = torch.from_numpy(rng.integers(-1, 6, ROWS))
+        costs = torch.from_numpy(rng.integers(1, 9, ROWS) / 8)
+        for limits in (
+            Limits((Quota("one", 1),), (values,), costs),
+            Limits((Quota("few", 2, (QuotaLimit(5, 2), QuotaLimit(0, max=0))),), (values,), costs, 4.0),
+        ):
+            whole, sliced = self.whole_and_sliced(slices, cuts, inputs, 9, limits, labeled=[4, 20])
+            assert_promised(whole, sliced, self.slice_tolerance)
+            assert whole.cost_spent == costs[whole.indices].sum()
 
     def test_a_shorter_budget_is_a_prefix(self, local):
         long, short = (self.select(local, self.inputs(), k, labeled=[0]) for k in (9, 4))

@@ -50,7 +50,7 @@ def to_wire(value: Any, path: str, *, rows: bool = False) -> WireArray:
     Raises InvalidInput for what is no array of numbers.
     """
     index = getattr(value, "index", None) if hasattr(value, "to_numpy") else None
-    array, name = _as_numpy(value, path)
+    array, name = as_numpy(value, path)
     if rows and not array.size and array.dtype.kind in "fO":
         array, name = array.astype(np.int64), "int64"
     if name == "uint64" and array.size and array.max() > np.iinfo(np.int64).max:
@@ -65,7 +65,7 @@ def to_wire(value: Any, path: str, *, rows: bool = False) -> WireArray:
     return WireArray(array, DTYPES[name], array.shape, index)
 
 
-def _as_numpy(value: Any, path: str) -> tuple[np.ndarray[Any, Any], str]:
+def as_numpy(value: Any, path: str) -> tuple[np.ndarray[Any, Any], str]:
     """The value as a numpy array, and the name of its element type."""
     if isinstance(value, np.ma.MaskedArray) and value.mask.any():
         raise InvalidInput(f"{path} has masked entries, which do not travel; fill or drop them", field=path)

@@ -58,8 +58,10 @@ class Inputs(TypedDict, total=False):
     pending: Any  # rows out with annotators: context, not chosen
     excluded: Any  # rows treated as deleted
     candidates: Any  # the only rows that may be chosen
-    costs: Any  # (N,)
-    quotas: Sequence[Mapping[str, Any]]
+    costs: Any  # (N,), what labelling a row costs, at least 0
+    quotas: Sequence[Mapping[str, Any]]  # {"name", "values" (N,) integers, "default_max", "limits"}, see Client.select
+    groups: Any  # (N,), anything that tells groups apart; None and NaN: in no group
+    max_per_group: int  # the most picks that share a group, by default 1
     item_rows: Any  # (N,)
     item_aggregation: str
     item_top_k: int
@@ -67,15 +69,15 @@ class Inputs(TypedDict, total=False):
     num_rows: int
     model: str
     inputs: Mapping[str, Any]
-    reference: Mapping[str, Any]
-    references: Sequence[Mapping[str, Any]]
+    reference: Mapping[str, Any]  # rows beside the pool, see Client.select
+    references: Sequence[Mapping[str, Any]]  # several such sets
 
 
 class Options(Inputs, total=False):
     """What a selection may be told, beside its inputs."""
 
-    cost_budget: float
-    min_gain: float
+    cost_budget: float  # the most that the picks may cost together
+    min_gain: float  # nothing of less gain is chosen; for strategies whose score is a gain
     params: Mapping[str, Any]  # parameters of a strategy given by name
     task: str  # MULTICLASS (default) or MULTILABEL
     seed: int
@@ -173,6 +175,21 @@ class Client:
         strategy: a message such as Margin(), or its canonical name such as "margin" with `params`. The other arguments
         are those of Inputs and Options. Ctrl-C cancels the selection on the server.
         Raises QuerySelectError (InvalidInput, a ValueError, for what is wrong with the call).
+
+        Fewer than `budget` rows come back where limits end the selection; `stop_reason` and a warning CONSTRAINED say
+        so. With `groups`, at most `max_per_group` picks share a group. `quotas` say more, any number of them at a time:
+        {"name": "class", "values": classes, "default_max": 20, "limits": {3: 5, 7: (2, 10)}} wants at most 5 picks of
+        class 3, 2 to 10 of class 7, and at most 20 of every other; class -1 is none. With `costs`, `cost_spent` tells
+        what the picks cost together, and `cost_budget` bounds it: rows dearer than what is left are passed over.
+
+        `reference` is a set of rows beside the pool that the strategy compares with: {"role": "LABELED", "embeddings":
+        (M, D), "probabilities" or "logits": (M, C), "weights": (M,), 1 by default, …}. Roles are VALIDATION, TARGET,
+        AVOID and LABELED; without one it is the role that the strategy reads, if that is one. `references` are several.
+
+        >>> import numpy as np
+        >>> with Client("local:") as client:
+        ...     client.select("margin", budget=2, logits=np.eye(4), groups=["a", "a", "b", None]).indices
+        array([0, 2])
         """
         cancel = Cancel()  # made first, so that Ctrl-C finds it however early it comes
         try:

@@ -18,6 +18,8 @@ from google.protobuf.message import Message
 
 from queryselect._arrays import WireArray, to_wire
 from queryselect._errors import InvalidInput
+from queryselect._picks import enum_name
+from queryselect._quotas import to_quotas
 from queryselect.v1 import selection_pb2, strategy_pb2, tensor_pb2
 
 ROW_LISTS = ("labeled", "pending", "excluded", "candidates")
@@ -25,6 +27,8 @@ ROW_LISTS = ("labeled", "pending", "excluded", "candidates")
 ALWAYS = (*ROW_LISTS, "costs", "item_rows")
 #: Tensors of the pool whose first dimension is not N.
 NOT_PER_ROW = ("head_weights", "head_bias", "labels", *ROW_LISTS)
+#: Arguments that are more than one field of the pool.
+APART = ("ids", "quotas", "groups", "max_per_group", "reference", "references")
 #: Words for the types of single values.
 _TYPES = {
     FieldDescriptor.CPPTYPE_BOOL: "True or False",
@@ -114,13 +118,11 @@ def _add_inputs(
     sizes: list[int] = []
     told, ids = False, inputs.get("ids")
     for name, value in inputs.items():
-        if name not in (*_FIELDS, "reference", "references"):
-            raise TypeError(f"select has no argument {name!r}{_nearest(name, [*_FIELDS, 'reference', 'references'])}")
-        if value is None or name == "ids":
+        if name not in (*_FIELDS, *APART):
+            raise TypeError(f"select has no argument {name!r}{_nearest(name, [*_FIELDS, *APART])}")
+        if value is None or name in APART:
             continue
-        if name in ("reference", "references"):
-            _fill(message, {"references": [value] if name == "reference" else value}, "", prepared.arrays)
-        elif not _is_tensor(_FIELDS[name]):
+        if not _is_tensor(_FIELDS[name]):
             _fill(message.pool, {name: value}, "pool.", prepared.arrays)
         else:
             array = to_wire(value, f"pool.{name}", rows=name in (*ROW_LISTS, "labels"))
@@ -135,6 +137,9 @@ def _add_inputs(
                     _check_rows(name, array, sizes[0])
                 told = told or (upload and name not in ROW_LISTS)
                 ids = array.index if ids is None else ids
+    _add_references(prepared, inputs, description)
+    rows = _add_quotas(prepared, inputs)
+    sizes, told = sizes + rows, told or bool(rows)
     if description is not None:
         _check_required(description, message.pool, given)
     if message.pool.HasField("num_rows"):
@@ -144,6 +149,35 @@ def _add_inputs(
     prepared.num_rows = sizes[0] if sizes else 0
     if sizes and not told and not message.pool.HasField("num_rows"):
         message.pool.num_rows = sizes[0]
+
+
+def _add_references(
+    prepared: Prepared, inputs: Mapping[str, Any], description: strategy_pb2.StrategyDescription | None
+) -> None:
+    """Adds the reference sets; what the strategy does not read of them stays here, and the server is left to say so."""
+    single, several = inputs.get("reference"), inputs.get("references")
+    if single is not None and several is not None:
+        raise TypeError("select takes a reference or several references, not both")
+    _fill(prepared.message, {"references": several if single is None else [single]}, "", prepared.arrays)
+    if description is None:
+        return
+    read = {each.role: {name for wanted in each.inputs for name in _choices(wanted)} for each in description.references}
+    for at, each in enumerate(prepared.message.references):
+        role = enum_name(selection_pb2.ReferenceRole.DESCRIPTOR, each.role)
+        if role == "UNSPECIFIED" and len(read) == 1:
+            (role,) = read
+        for tensor, _ in each.ListFields():
+            if _is_tensor(tensor) and tensor.name not in read.get(role, ()):
+                each.ClearField(tensor.name)  # type: ignore[arg-type]
+                del prepared.arrays[f"references[{at}].{tensor.name}"]
+
+
+def _add_quotas(prepared: Prepared, inputs: Mapping[str, Any]) -> list[int]:
+    """Adds the quotas; returns the number of rows that each of them tells."""
+    quotas = to_quotas(inputs.get("quotas"), inputs.get("groups"), inputs.get("max_per_group"))
+    _fill(prepared.message.pool, {"quotas": quotas}, "pool.", prepared.arrays)
+    arrays = (prepared.arrays.get(f"pool.quotas[{at}].values") for at in range(len(quotas)))
+    return [array.shape[0] for array in arrays if array is not None and array.shape]
 
 
 def _check_rows(name: str, array: WireArray, rows: int) -> None:

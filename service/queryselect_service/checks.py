@@ -22,6 +22,8 @@ INTEGERS = (torch.int64, torch.int32)
 #: Lists that no row may share.
 DISJOINT = (("labeled", "pending", "excluded"), ("candidates", "pending", "excluded"))
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+#: Numbers per row that can't be negative.
+MASSES = ("costs", "weights")
 #: Rows whose values are checked at once.
 BLOCK_ROWS = 4096
 #: How far probabilities may be from a sum of 1: in general, and in bfloat16.
@@ -30,12 +32,26 @@ SUM_TOLERANCE, COARSE_SUM_TOLERANCE = 1e-3, 1e-2
 
 @dataclass
 class Array:
-    """A tensor of the request: its path, its type and shape, and its elements once they are here."""
+    """A tensor of the request: its path, its type and shape, and its elements once they are here.
+
+    letters: what its dimensions are, such as "N D", where they are those of every such tensor.
+    """
 
     path: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     data: Tensor | None = None
+    letters: str = ""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path: what it is."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def per_row(self) -> bool:
+        """Whether it has an entry per row of the pool."""
+        return self.letters.startswith("N")
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +61,7 @@ class Array:
     @property
     def described(self) -> str:
         """Its name and shape for messages: `embeddings (1797 64)`."""
-        return f"{self.path.rpartition('.')[2]} {shape_text(self.shape)}"
+        return f"{self.name} {shape_text(self.shape)}"
 
 
 def check_request_id(given: str) -> None:
@@ -64,12 +80,12 @@ def type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def unify(array: Array, letters: str, sizes: dict[str, tuple[int, str]]) -> None:
-    """Holds the array's shape against its letters, such as "N D", and against what is known of them.
+def unify(array: Array, sizes: dict[str, tuple[int, str]]) -> None:
+    """Holds the array's shape against its letters, and against what is known of them.
 
     sizes: letter -> its size and the path that first told it; new letters are added.
     """
-    names = letters.split()
+    letters, names = array.letters, array.letters.split()
     if len(array.shape) != len(names):
         raise InvalidInput(f"{array.path} needs shape ({letters}); it has {shape_text(array.shape)}", field=array.path)
     for letter, size in zip(names, array.shape, strict=True):
@@ -156,15 +172,15 @@ def check_values(
     data: (n, ...), the rows from `first` on. multilabel: whether each column of probabilities stands alone. excluded:
     ascending rows whose values don't matter. check: called between blocks of rows; may raise.
     """
-    if not data.is_floating_point():
+    if not data.is_floating_point() and array.name not in MASSES:
         return
     flat = data.reshape(len(data), -1)
     for start in range(0, len(flat), BLOCK_ROWS):
         check()
         block = flat[start : start + BLOCK_ROWS]
-        if _surely_fine(array.path, block, multilabel=multilabel):
+        if _surely_fine(array.name, block, multilabel=multilabel):
             continue
-        for need, bad, came in _rules(array.path, block, multilabel):
+        for need, bad, came in _rules(array.name, block, multilabel):
             rows = bad.nonzero().squeeze(1)
             if excluded is not None and len(rows):
                 rows = rows[~torch.isin(rows + first + start, excluded)]
@@ -174,12 +190,11 @@ def check_values(
                 raise InvalidInput(f"{array.path} {need}; row {at} {came(block[row])}", field=array.path)
 
 
-def _surely_fine(path: str, block: Tensor, *, multilabel: bool) -> bool:
+def _surely_fine(name: str, block: Tensor, *, multilabel: bool) -> bool:
     """One pass that no bad value survives: NaN and infinities stay what they are in sums, least and greatest values.
 
     False says nothing: large finite values may add up to infinity.
     """
-    name = path.rpartition(".")[2]
     if name == "logits":
         top = block.amax(1)
         return bool((top < torch.inf).all() and (multilabel or (top > -torch.inf).all()))
@@ -189,6 +204,8 @@ def _surely_fine(path: str, block: Tensor, *, multilabel: bool) -> bool:
             return bool(low >= 0) and bool(high <= 1)
         sums = block.sum(1, dtype=torch.float64)
         return bool(low >= 0) and bool((sums - 1).abs().max() <= SUM_TOLERANCE)
+    if name in MASSES and not bool(block.amin() >= 0):
+        return False
     return bool(block.sum(dtype=torch.float64 if block.dtype is torch.float64 else torch.float32).isfinite())
 
 
@@ -196,16 +213,16 @@ def _surely_fine(path: str, block: Tensor, *, multilabel: bool) -> bool:
 Rule = tuple[str, Tensor, Callable[[Tensor], str]]
 
 
-def _rules(path: str, block: Tensor, multilabel: bool) -> Iterator[Rule]:
-    name = path.rpartition(".")[2]
+def _rules(name: str, block: Tensor, multilabel: bool) -> Iterator[Rule]:
     if name == "logits":
         yield _entries("must not be NaN or +inf", lambda x: ~(x < torch.inf), block)
         if not multilabel:
             yield "must have a class above -inf", block.amax(1) == -torch.inf, lambda _: "has none"
         return
     yield _entries("must be finite", lambda x: ~x.isfinite(), block)
-    if name == "probabilities":
+    if name in ("probabilities", *MASSES):
         yield _entries("must not be negative", lambda x: x < 0, block)
+    if name == "probabilities":
         tolerance = COARSE_SUM_TOLERANCE if block.dtype is torch.bfloat16 else SUM_TOLERANCE
         if multilabel:
             yield _entries("must be at most 1", lambda x: x > 1 + tolerance, block)

@@ -196,12 +196,14 @@ class Place:
     def _needs(self) -> tuple[int, int]:
         """The bytes that the request will need on the host, and on the device where that has memory of its own."""
         request, strategy = self._request, self._request.strategy
-        sizes = request.sizes
-        working = 0 if request.validate_only else strategy.memory(sizes, request.spec)
+        sizes, terms = request.sizes, request.terms
+        working = terms.memory(sizes.N, sizes.k) + strategy.memory(sizes, request.spec)
+        if request.validate_only:
+            working = 0
         host = self._held + request.extra_bytes + 2 * request.answer_bytes  # as tensors, and as a message
         if self._engine.own_memory is None:
             return host + working, 0
-        return host, working + (sizes.inputs if self._resident else 0)
+        return host, working + terms.nbytes(sizes.N) + (sizes.inputs if self._resident else 0)
 
     def enter(self) -> None:
         """See Engine.admit."""

@@ -27,11 +27,14 @@ from queryselect_service.checks import (
     shape_text,
     unify,
 )
+from queryselect_service.choice import Limits
 from queryselect_service.errors import InvalidInput, OverLimit
+from queryselect_service.references import WEIGHTS, Reference, check_names, check_shapes, join
 from queryselect_service.settings import Settings
 from queryselect_service.shards import Shards, Whole
 from queryselect_service.spec import Spec
 from queryselect_service.strategy import Notice, NoticeCode, Selection, Sizes, Strategy, Task
+from queryselect_service.terms import Terms
 
 #: The pool's inputs and their dimensions. Those with an N have one row per row of the pool.
 INPUTS = {
@@ -49,6 +52,7 @@ INPUTS = {
     "labels": "L",
 }
 INTEGER_INPUTS = ("clusters", "pseudo_labels", "labels")
+_TYPES = {**dict.fromkeys(INTEGER_INPUTS, INTEGERS), "misclassified": (torch.bool,)}
 #: The pool's lists of rows, each a boolean mask or integer indices.
 ROW_LISTS = ("labeled", "pending", "excluded", "candidates")
 #: Those whose rows count as labelled.
@@ -63,7 +67,9 @@ class Request:
     spec: Spec
     path: str  # of the strategy's parameters
     inputs: dict[str, Array]
+    references: list[Reference]
     row_lists: dict[str, Array]
+    terms: Terms
     num_rows: int | None
     max_items: int | None
     task: Task
@@ -88,10 +94,10 @@ class Request:
         except InvalidInput as error:
             raise error.of(self.strategy.name, self.path) from None
         self.check_rows()
-        for name in self.used:
-            data = self.inputs[name].data
-            if data is not None:
-                self.check_values(name, data, 0, check)
+        for array in self.read:
+            if array.data is not None:
+                self.check_values(array, array.data, 0, check)
+        self.check_weights()
         self._check_limits(settings)
 
     def check_rows(self) -> None:
@@ -102,34 +108,47 @@ class Request:
         check_disjoint(self.rows)
         self._check_budget()
 
-    def check_values(self, name: str, data: Tensor, first: int, check: Callable[[], None] = lambda: None) -> None:
-        """Raises InvalidInput for the first bad row of an input's rows (n, ...) from row `first` on."""
-        excluded = self.rows.get("excluded") if self.per_row(name) else None
+    def check_values(self, array: Array, data: Tensor, first: int, check: Callable[[], None] = lambda: None) -> None:
+        """Raises InvalidInput for the first bad row of an array's rows (n, ...) from row `first` on."""
+        excluded = self.rows.get("excluded") if array.per_row else None
         multilabel = self.task is Task.MULTILABEL
-        check_values(self.inputs[name], data, first=first, multilabel=multilabel, excluded=excluded, check=check)
+        check_values(array, data, first=first, multilabel=multilabel, excluded=excluded, check=check)
+
+    def check_weights(self) -> None:
+        """Raises InvalidInput where no row that counts has any weight, as far as weights are here."""
+        for array in self.read:
+            if array.name == WEIGHTS and array.data is not None:
+                weighty = array.data > 0
+                if array.per_row and "excluded" in self.rows:
+                    weighty[self.rows["excluded"]] = False
+                if not weighty.any():
+                    raise InvalidInput(f"{array.path} must not all be 0; they are", field=array.path)
 
     @property
     def size(self) -> int:
         """N, once checked."""
         return self.letters["N"]
 
-    @staticmethod
-    def per_row(name: str) -> bool:
-        """Whether the input has a row per row of the pool."""
-        return INPUTS[name].startswith("N")
-
     @property
     def arrays(self) -> Iterator[Array]:
         """Every tensor of the request."""
         yield from self.inputs.values()
+        for reference in self.references:
+            yield from reference.inputs.values()
         yield from self.row_lists.values()
+        yield from self.terms.arrays
         if isinstance(self.ids, Array):
             yield self.ids
 
     @property
+    def read(self) -> list[Array]:
+        """The tensors whose values count, beside lists of rows and ids."""
+        return [*self._used, *self.terms.arrays]
+
+    @property
     def sizes(self) -> Sizes:
         """What the selection's cost follows from, as far as it is known: row lists to come count in full."""
-        used = [self.inputs[name] for name in self.used]
+        used = self._used
         known = {field.name for field in dataclasses.fields(Sizes)}
         letters = {letter: size for letter, size in self.letters.items() if letter in known}
         letters["L"] = sum(
@@ -139,6 +158,7 @@ class Request:
         )
         return Sizes(
             **letters,
+            M=sum(each.size for each in self.references if each.role in self.strategy.roles),
             k=self.max_items or 0,
             item=max((array.dtype.itemsize for array in used), default=8),
             entries=sum(math.prod(array.shape) for array in used),
@@ -148,14 +168,34 @@ class Request:
 
     @property
     def used(self) -> list[str]:
-        """The inputs given that the strategy reads."""
+        """The pool's inputs given that the strategy reads."""
         return [name for name in self.inputs if self.strategy.reads(name)]
+
+    @property
+    def unused(self) -> list[Array]:
+        """The inputs given that the strategy does not read, of the pool and of reference sets."""
+        return [array for name, array in self._named() if not self.strategy.reads(name)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the strategy reads and what is here of it, by the names that it has for them."""
+        mine = {name: x for name in self.used if (x := self.inputs[name].data) is not None}
+        return mine | join(self.strategy, self.references)
+
+    @property
+    def _used(self) -> list[Array]:
+        return [array for name, array in self._named() if self.strategy.reads(name)]
+
+    def _named(self) -> Iterator[tuple[str, Array]]:
+        """Every input, by the name that kernels have for it."""
+        yield from self.inputs.items()
+        for reference in self.references:
+            yield from reference.named()
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type the strategy computes in: float64 where rows are scored one by one or come in it."""
-        wide = any(self.inputs[name].dtype is torch.float64 for name in self.used)
-        return torch.float64 if wide or self.strategy.pointwise or not self.used else torch.float32
+        wide = any(array.dtype is torch.float64 for array in self._used)
+        return torch.float64 if wide or self.strategy.pointwise or not self._used else torch.float32
 
     def _check_names(self) -> None:
         strategy = self.strategy
@@ -164,22 +204,25 @@ class Request:
                 "pool needs exactly one of probabilities and logits; the request has both", field="pool.logits"
             )
         for wanted in strategy.inputs:
-            if wanted.required and not any(each in self.inputs for each in wanted.names):
+            if wanted.required and wanted.role is None and not any(each in self.inputs for each in wanted.names):
                 names = " or ".join(f"pool.{each}" for each in wanted.names)
                 given = ", ".join(array.described for array in self.inputs.values()) or "no inputs"
                 raise InvalidInput(
                     f"{strategy.name} needs {names} of shape ({wanted.shape}); the request has {given}",
                     field=f"pool.{wanted.name}",
                 )
+        check_names(strategy, self.references)
         if self.task not in strategy.tasks:
             served = " or ".join(strategy.tasks)
             raise InvalidInput(f"{strategy.name} serves task {served}; the request has {self.task}", field="task")
         if self.want_pool_scores and not strategy.pool_scores:
             raise InvalidInput(f"{strategy.name} has no score for rows it does not choose", field="returns")
-        unused = [name for name in self.inputs if name not in self.used]
-        if unused:
-            message = f"{strategy.name} does not read {', '.join(f'pool.{name}' for name in unused)}"
+        unread = [array.path for array in self.unused]
+        unread += [each.path for each in self.references if each.role not in strategy.roles and not each.inputs]
+        if unread:
+            message = f"{strategy.name} does not read {', '.join(unread)}"
             self.notices.append(Notice(NoticeCode.UNUSED_INPUT, message))
+        self.terms.check(strategy, self.max_items)
 
     def _check_shapes(self) -> dict[str, int]:
         """The size of every letter."""
@@ -188,12 +231,13 @@ class Request:
             if self.num_rows < 1:
                 raise InvalidInput(f"pool.num_rows must be at least 1; it is {self.num_rows}", field="pool.num_rows")
             sizes["N"] = (self.num_rows, "pool.num_rows")
-        for name, array in self.inputs.items():
-            unify(array, INPUTS[name], sizes)
-        if isinstance(self.ids, Array):
-            unify(self.ids, "N", sizes)
+        for array in (*self.inputs.values(), *self.terms.arrays):
+            unify(array, sizes)
+        check_shapes(self.references, sizes)
+        if isinstance(self.ids, list):
+            unify(Array("pool.ids", torch.uint8, (len(self.ids),), None, "N"), sizes)
         elif self.ids is not None:
-            unify(Array("pool.ids", torch.uint8, (len(self.ids),)), "N", sizes)
+            unify(self.ids, sizes)
         if "N" not in sizes:
             raise InvalidInput(
                 f"{self.strategy.name} needs pool.num_rows, the number of rows, where no input tells it; "
@@ -214,10 +258,11 @@ class Request:
         return {letter: size for letter, (size, _) in sizes.items()}
 
     def _check_types(self) -> None:
-        for name in self.used:
-            check_type(self.inputs[name], INTEGERS if name in INTEGER_INPUTS else FLOATS)
+        for array in self._used:
+            check_type(array, _TYPES.get(array.name, FLOATS))
         for array in self.row_lists.values():
             check_type(array, (torch.bool, *INTEGERS))
+        self.terms.check_types()
         if isinstance(self.ids, Array):
             check_type(self.ids, (torch.int64,))
 
@@ -231,9 +276,11 @@ class Request:
         """The memory that `problem` takes beside the inputs: lists of rows, masks, and inputs without excluded rows."""
         lengths = (len(self.rows.get(name, range(*array.shape))) for name, array in self.row_lists.items())
         extra = self.size + 24 * sum(lengths)  # as they came, as rows, and sorted
+        if len(self.references) > 1:  # those of one role become one tensor
+            extra += sum(array.nbytes for each in self.references for array in each.inputs.values())
         if "excluded" in self.row_lists and not self.strategy.pointwise:
-            extra += self.sizes.inputs + 16 * self.size
-        return extra
+            extra += self.sizes.inputs + 16 * self.size + self.terms.nbytes(self.size)
+        return extra + self.terms.nbytes(self.size)
 
     @property
     def num_candidates(self) -> int:
@@ -263,6 +310,7 @@ class Request:
         for what, size, limit, name, path in checks:
             if size > limit:
                 raise OverLimit(what, size, limit, name=name, field=path)
+        self.terms.check_sizes(settings)
         if isinstance(self.ids, list):
             for text in self.ids:
                 if len(text.encode()) > settings.max_id_bytes:
@@ -282,7 +330,7 @@ class Request:
         Excluded rows are gone, but for strategies that score rows one by one: there they are merely no candidates, so
         that the blocks of rows that are scored together are the same however the rows came.
         """
-        inputs = {name: x for name in self.used if (x := self.inputs[name].data) is not None}
+        inputs = self.tensors()
         kept: Tensor | None = None
         rows, size = dict(self.rows), self.size
         if len(rows.get("excluded", ())) and not self.strategy.pointwise:
@@ -291,7 +339,8 @@ class Request:
             kept = keep.nonzero().squeeze(1)
             new = keep.cumsum(0) - 1  # (N,), the row's number among those kept
             rows = {name: new[each] for name, each in rows.items()}
-            inputs = {name: _take(x, kept, check) if self.per_row(name) else x for name, x in inputs.items()}
+            rowwise = strategies.per_row(self.strategy, inputs)
+            inputs = {name: _take(x, kept, check) if name in rowwise else x for name, x in inputs.items()}
             size = len(kept)
         context = torch.cat([torch.empty(0, dtype=torch.int64), *(rows[name] for name in CONTEXT if name in rows)])
         candidates = torch.ones(size, dtype=torch.bool)
@@ -300,7 +349,8 @@ class Request:
         if "candidates" in rows:
             candidates = torch.zeros(size, dtype=torch.bool)
             candidates[rows["candidates"]] = True
-        return Problem(self, inputs, size, candidates, context.sort().values, kept, scores)
+        limits = self.terms.limits(lambda x: x if kept is None else _take(x, kept, check))
+        return Problem(self, inputs, size, candidates, context.sort().values, limits, kept, scores)
 
 
 def _take(x: Tensor, rows: Tensor, check: Callable[[], None]) -> Tensor:
@@ -315,8 +365,8 @@ def _take(x: Tensor, rows: Tensor, check: Callable[[], None]) -> Tensor:
 class Problem:
     """A request without its excluded rows, ready for a kernel.
 
-    candidates: (n,) bool. context: (l,) rows. kept: (n,) the request's row of each row here, None where all are.
-    scores: (n,) of a pointwise strategy whose rows were scored as they came.
+    candidates: (n,) bool. context: (l,) rows. limits: what is asked of the picks together. kept: (n,) the request's row
+    of each row here, None where all are. scores: (n,) of a pointwise strategy whose rows were scored as they came.
     """
 
     request: Request
@@ -324,6 +374,7 @@ class Problem:
     size: int
     candidates: Tensor
     context: Tensor
+    limits: Limits
     kept: Tensor | None
     scores: Tensor | None
 
@@ -334,42 +385,45 @@ class Problem:
             inputs={name: move(x) for name, x in self.inputs.items()},
             candidates=move(self.candidates),
             context=move(self.context),
+            limits=self.limits.mapped(move),
         )
 
     def solve(self, pool: Shards) -> Selection:
         """Runs the kernel. Rows in the answer are the request's; tensors are on the host."""
-        request, k = self.request, self.request.max_items or 0
-        if self.scores is not None:
-            found = strategies.rank(self.scores, k, self.candidates, pool)
-        else:
+        request = self.request
+        try:
             found = strategies.select(
                 request.strategy,
                 self.inputs,
-                k=k,
+                k=request.max_items or 0,
                 pool=pool,
                 candidates=self.candidates,
                 context=self.context,
                 spec=request.spec,
                 task=request.task,
                 seed=request.seed,
+                limits=self.limits,
+                scores=self.scores,
             )
+        except InvalidInput as error:  # of a parameter, whose place in the request a kernel does not know
+            raise error.of(request.strategy.name, request.path) from None
         scores: Tensor | None = None
         if request.want_pool_scores:
             if found.pool_scores is None:
                 raise RuntimeError(f"{request.strategy.name} says that it has pool_scores, and returned none")
-            scores = torch.where(self.candidates, found.pool_scores(), -torch.inf).cpu()
+            scores = found.pool_scores().cpu()
             if self.kept is not None:
                 scores = torch.full((request.size,), -torch.inf, dtype=torch.float64).index_put((self.kept,), scores)
         notices = (
             Notice(each.code, each.message, None if each.rows is None else self._original(each.rows))
             for each in found.notices
         )
-        return Selection(
-            self._original(found.indices),
-            found.scores.cpu(),
-            None if scores is None else lambda: scores,
-            (*request.notices, *notices),
-            found.stop_reason,
+        return dataclasses.replace(
+            found,
+            indices=self._original(found.indices),
+            scores=found.scores.cpu(),
+            pool_scores=None if scores is None else lambda: scores,
+            notices=(*request.notices, *notices),
         )
 
     def _original(self, rows: Tensor) -> Tensor:

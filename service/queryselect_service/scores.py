@@ -9,7 +9,7 @@ import torch
 from queryselect_service.engine import POLL, Call, Place
 from queryselect_service.queue import Job
 from queryselect_service.request import Request
-from queryselect_service.strategy import score_block
+from queryselect_service.strategy import per_row, score_block
 from queryselect_service.upload import WINDOW, Block, Upload
 
 
@@ -61,11 +61,12 @@ class Scores:
         request = self._request
         if self.values is None:
             self.values = torch.empty(request.size, dtype=torch.float64, device=self._device)
-        here = {name: x for name in request.used if (x := request.inputs[name].data) is not None}
+        here = request.tensors()
+        rowwise = per_row(request.strategy, here)
         started = time.monotonic()
         for block in blocks:
             call.check()
-            parts = {name: x[block.rows] if request.per_row(name) else x for name, x in here.items()}
+            parts = {name: x[block.rows] if name in rowwise else x for name, x in here.items()}
             inputs = {name: self._place.move(x) for name, x in {**block.tensors, **parts}.items()}
             self.values[block.rows] = score_block(request.strategy, inputs, request.spec, request.task)
         self._place.times.kernel += time.monotonic() - started

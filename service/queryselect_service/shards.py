@@ -54,10 +54,11 @@ class Shards(Protocol):
         the device.
         """
 
-    def top(self, scores: Tensor, k: int, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    def top(self, scores: Tensor, k: int, candidates: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         """The k highest scores among the candidates (n,) of all slices, best first, ties to the lowest global row.
 
-        Returns global rows (k,) and their scores (k,).
+        Returns global rows (k,), their scores (k,), and what they have in every tensor of `rows` (k, ...); fewer where
+        there are not so many candidates.
         """
 
     def blocks(self, *x: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -99,10 +100,11 @@ class Whole:
         self.check()
         return _best(scores, *rows)
 
-    def top(self, scores: Tensor, k: int, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    def top(self, scores: Tensor, k: int, candidates: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         """See Shards."""
         self.check()
-        return _top(scores, k, candidates)
+        at, best = _top(scores, k, candidates)
+        return (at, best, *(x[at] for x in rows))
 
     def blocks(self, *x: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """See Shards."""
@@ -172,15 +174,17 @@ class Slices:
         _, *found, row = _best(*(x[some] for x in found))  # equal scores go to the lowest rank: the lowest row
         return (row, *found)
 
-    def top(self, scores: Tensor, k: int, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    def top(self, scores: Tensor, k: int, candidates: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         """See Shards."""
         index, best = _top(scores, k, candidates)
         places = torch.arange(min(k, max(self._rows)), device=scores.device)  # (w,), as many as any slice can fill
         padding = len(places) - len(index)
-        mine = (torch.cat([x, x.new_zeros(padding)]) for x in (index + self.offset, best))
-        count, rows, values = self._meet(index.new_tensor(len(index)), *mine)  # (ranks,), (ranks, w), (ranks, w)
-        at, best = _top(values.flatten(), k, (places < count[:, None]).flatten())  # equal ones stand in order of rows
-        return rows.flatten()[at], best
+        mine = (index + self.offset, best, *(x[index] for x in rows))
+        padded = (torch.cat([x, x.new_zeros(padding, *x.shape[1:])]) for x in mine)
+        count, *found = self._meet(index.new_tensor(len(index)), *padded)  # (ranks,), (ranks, w, ...) each
+        numbers, values, *theirs = (x.flatten(0, 1) for x in found)
+        at, best = _top(values, k, (places < count[:, None]).flatten())  # equal ones stand in order of rows
+        return (numbers[at], best, *(x[at] for x in theirs))
 
     def blocks(self, *x: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """See Shards. The rows here are yielded as they are, those of other slices as copies."""

@@ -8,6 +8,7 @@ their shapes, the fields of its Spec carry defaults, ranges and documentation.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import inspect
 import types
@@ -22,10 +23,15 @@ from typing import Annotated, Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from queryselect_service.choice import Choice, Limits
 from queryselect_service.maths.labels import aggregate_labels
 from queryselect_service.maths.predictions import Predictions, distributions
+from queryselect_service.selection import Notice, NoticeCode, ScoreKind, Selection, StopReason
 from queryselect_service.shards import Shards
 from queryselect_service.spec import LabelScore, Spec
+
+#: What kernels need of a selection, to be found here too.
+__all__ = ["Choice", "Limits", "Notice", "NoticeCode", "ScoreKind", "Selection", "StopReason"]
 
 #: Rows that a pointwise strategy scores at once: block borders never depend on how the rows arrived.
 POINTWISE_ROWS = 4096
@@ -46,89 +52,61 @@ class Task(enum.StrEnum):
     MULTILABEL = "MULTILABEL"
 
 
-class ScoreKind(enum.StrEnum):
-    """What a score is. For every kind, higher is more worth choosing."""
+class ReferenceRole(enum.StrEnum):
+    """The part that rows beside the pool play."""
 
-    POINT = "POINT"
-    KEY = "KEY"
-    GAIN = "GAIN"
-    DISTANCE = "DISTANCE"
-    DENSITY = "DENSITY"
-    COVERAGE = "COVERAGE"
-    KERNEL = "KERNEL"
-    PROBABILITY = "PROBABILITY"
+    VALIDATION = "VALIDATION"
+    TARGET = "TARGET"
+    AVOID = "AVOID"
+    LABELED = "LABELED"
 
-
-class StopReason(enum.StrEnum):
-    """Why a selection ended."""
-
-    MAX_ITEMS = "MAX_ITEMS"
-    MAX_COST = "MAX_COST"
-    MIN_GAIN = "MIN_GAIN"
-    QUOTAS = "QUOTAS"
-
-
-class NoticeCode(enum.StrEnum):
-    """What a notice is about."""
-
-    INERT_ROWS = "INERT_ROWS"
-    SATURATED = "SATURATED"
-    COVERED = "COVERED"
-    CONSTRAINED = "CONSTRAINED"
-    LOW_CONFIDENCE = "LOW_CONFIDENCE"
-    SUBSAMPLED = "SUBSAMPLED"
-    UNUSED_INPUT = "UNUSED_INPUT"
-    FALLBACK = "FALLBACK"
-    SMALL_CLUSTERS = "SMALL_CLUSTERS"
-    NO_MISCLASSIFIED = "NO_MISCLASSIFIED"
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something the caller should know though all went well."""
-
-    code: NoticeCode
-    message: str
-    rows: Tensor | None = None  # (r,) int64
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a kernel returns: picks in the order of choice, first pick first."""
-
-    indices: Tensor  # (k,) int64, global rows
-    scores: Tensor  # (k,) float64
-    pool_scores: Callable[[], Tensor] | None = None  # () -> (n,) float64; called only when someone asks
-    notices: tuple[Notice, ...] = ()
-    stop_reason: StopReason = StopReason.MAX_ITEMS
+    @property
+    def prefix(self) -> str:
+        """What the names of a kernel's inputs begin with that are those of such rows: labeled_embeddings."""
+        return f"{self.lower()}_"
 
 
 @dataclass(frozen=True)
 class Input:
-    """An input of a kernel: its name in the pool and its dimensions, such as "N D"."""
+    """An input of a kernel: the name of its parameter and its dimensions, such as "N D".
+
+    role: that of the reference sets that it is read from; None: it is the pool's own.
+    """
 
     name: str
     shape: str
     required: bool
     lazy: bool = False  # probabilities that the kernel wants made where it reads them: annotated as Predictions
+    role: ReferenceRole | None = None
+
+    @property
+    def field(self) -> str:
+        """Its name in the pool, or in a reference set."""
+        return self.name if self.role is None else self.name.removeprefix(self.role.prefix)
 
     @property
     def alternatives(self) -> tuple[str, ...]:
-        """The inputs that may stand in for this one."""
-        return ALTERNATIVES.get(self.name, ())
+        """The fields that may stand in for this one."""
+        return ALTERNATIVES.get(self.field, ())
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Its own field and those that may stand in for it."""
+        return (self.field, *self.alternatives)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its own name and those of the inputs that may stand in for it."""
-        return (self.name, *self.alternatives)
+        """The same as names of parameters: those of reference sets have their role before them."""
+        return self.fields if self.role is None else tuple(self.role.prefix + field for field in self.fields)
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What the cost of a selection follows from: the letters (0 where the request has none), and bytes.
 
-    L: rows that count as labelled. k: picks. item: bytes of an entry of the widest type. entries, inputs: how many
-    entries the inputs have together, and how many bytes. multilabel: whether every probability becomes two.
+    L: rows that count as labelled. M: rows of reference sets that are read. k: picks. item: bytes of an entry of the
+    widest type. entries, inputs: how many entries the inputs have together, and how many bytes. multilabel: whether
+    every probability becomes two.
     """
 
     N: int = 0
@@ -137,6 +115,7 @@ class Sizes:
     K: int = 0
     P: int = 0
     L: int = 0
+    M: int = 0
     k: int = 0
     item: int = 8
     entries: int = 0
@@ -175,12 +154,22 @@ class Strategy:
     custom: bool = False
 
     @property
+    def limitable(self) -> bool:
+        """Whether it keeps to quotas, a cost budget and a least gain."""
+        return self.pointwise or "choice" in self.keywords
+
+    @property
     def summary(self) -> str:
         """The first line of the kernel's documentation."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
+    @property
+    def roles(self) -> list[ReferenceRole]:
+        """The roles of the reference sets that it reads."""
+        return list(dict.fromkeys(each.role for each in self.inputs if each.role is not None))
+
     def reads(self, name: str) -> bool:
-        """Whether the pool's input `name` is of use to this strategy."""
+        """Whether the input `name`, of the pool or with its role before it, is of use to this strategy."""
         return any(name in each.names for each in self.inputs)
 
 
@@ -203,10 +192,15 @@ def strategy(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated kernel under its own name.
 
-    The kernel takes its inputs first, annotated with their shapes, then what it wants of the keywords k, spec, task,
-    context (rows of this place that count as labelled, (l,) int64), candidates ((n,) bool), seed and pool; it returns a
-    Selection. `probabilities` come as float64, whether the caller sent them or logits: all of them, or as Predictions
-    where they are annotated so. The function itself stays as it is, a plain function.
+    The kernel takes its inputs first, annotated with their shapes, then what it wants of the keywords choice (the rows
+    that may be chosen, and how many), spec, task, context (rows of this place that count as labelled, (l,) int64), seed
+    and pool; it returns a Selection. In place of choice it may take k and candidates ((n,) bool): then it can't keep to
+    quotas, costs and the like, and is not asked to. `probabilities` come as float64, whether the caller sent them or
+    logits: all of them, or as Predictions where they are annotated so. The function itself stays a plain function.
+
+    An input with M rows is one of reference sets, its role before its name: labeled_embeddings, target_probabilities.
+    Sets of one role come one after the other as one tensor, the same in every slice. Where there are any, they have all
+    inputs that the kernel reads of that role, but for weights; where there are none, the kernel gets its defaults.
 
     memory(sizes, spec): the most bytes that the kernel holds at once beside its inputs; never less than it does, and at
     most twice that, inputs and all. work(sizes): multiply-adds, to tell short selections from long ones.
@@ -217,12 +211,17 @@ def strategy(
         taken = STRATEGIES.get(name) or PLUGINS.get(name)
         if taken is not None and taken.function.__module__ != function.__module__:
             raise ValueError(f"there is a query strategy {name} already, in {taken.function.__module__}")
+        keywords = frozenset(inspect.signature(function).parameters)
+        if "choice" in keywords and {"k", "candidates"} & keywords:
+            raise ValueError(
+                f"{name} takes choice, which knows how many rows to choose, and which: no k, no candidates"
+            )
         (STRATEGIES if own else PLUGINS)[name] = Strategy(
             name=name,
             function=function,
             spec=spec,
             inputs=_inputs(function),
-            keywords=frozenset(inspect.signature(function).parameters),
+            keywords=keywords,
             tasks=tasks,
             score_kind=kind,
             pointwise=pointwise,
@@ -289,8 +288,17 @@ def _inputs(function: Callable[..., Any]) -> tuple[Input, ...]:
             if typing.get_origin(option) is Annotated:
                 kind, shape = get_args(option)
                 required = value.default is inspect.Parameter.empty
-                found.append(Input(name, shape, required, lazy=kind is Predictions))
+                found.append(Input(name, shape, required, lazy=kind is Predictions, role=_role(name, shape)))
     return tuple(found)
+
+
+def _role(name: str, shape: str) -> ReferenceRole | None:
+    if not shape.startswith("M"):
+        return None
+    for role in ReferenceRole:
+        if name.startswith(role.prefix):
+            return role
+    raise ValueError(f"{name} has M rows, those of reference sets; its name must begin with their role: labeled_{name}")
 
 
 def load() -> None:
@@ -319,24 +327,42 @@ def select(
     spec: Spec | None = None,
     task: Task = Task.MULTICLASS,
     seed: int = 0,
+    limits: Limits | None = None,
+    scores: Tensor | None = None,
 ) -> Selection:
     """Runs a strategy on checked inputs.
 
-    inputs: tensors by name, N rows each where their shape says N. candidates: (n,) bool. context: (l,) int64.
-    Returns k picks; the caller has checked that there are k candidates.
+    inputs: tensors by name, N rows each where their shape says N. candidates: (n,) bool. context: (l,) int64. scores:
+    (n,) float64, where the strategy scores rows one by one and they have been scored already.
+    Returns k picks, or fewer where the limits end the selection; the caller has checked that there are k candidates,
+    and that the strategy can keep to the limits.
     """
-    spec = spec or strategy.spec()
+    spec, choice = spec or strategy.spec(), Choice(k, candidates, pool, limits)
     if strategy.pointwise:
-        return rank(_score(strategy, inputs, spec, task, pool), k, candidates, pool)
+        if scores is None:
+            scores = _score(strategy, inputs, spec, task, pool)
+        return _limited(rank(scores, choice), choice)
     ready = _resolved(strategy, inputs, task)
-    for name, x in ready.items():
-        if name == "probabilities" and task is Task.MULTILABEL and isinstance(x, Tensor):
-            ready[name] = x[..., 1]  # (n, L), label present
+    for each in strategy.inputs:
+        x = ready.get(each.name)
+        if each.field == "probabilities" and task is Task.MULTILABEL and isinstance(x, Tensor):
+            ready[each.name] = x[..., 1]  # (n, L), label present
     offered = {
-        "k": k, "spec": spec, "task": task, "context": context, "candidates": candidates, "seed": seed, "pool": pool,
+        "choice": choice, "k": k, "candidates": candidates,
+        "spec": spec, "task": task, "context": context, "seed": seed, "pool": pool,
     }  # fmt: skip
-    selection: Selection = strategy.function(**ready, **_wanted(strategy, offered))
-    return selection
+    return _limited(strategy.function(**ready, **_wanted(strategy, offered)), choice)
+
+
+def _limited(found: Selection, choice: Choice) -> Selection:
+    """The selection with what the limits did to it."""
+    if choice.limited:
+        notices = (*found.notices, *choice.notices)
+        found = dataclasses.replace(found, notices=notices, stop_reason=choice.stop_reason)
+    scores = found.pool_scores
+    if scores is not None:
+        found = dataclasses.replace(found, pool_scores=lambda: torch.where(choice.allowed, scores(), -torch.inf))
+    return dataclasses.replace(found, cost_spent=choice.cost_of(found.indices))
 
 
 def _wanted(strategy: Strategy, offered: Mapping[str, Any]) -> dict[str, Any]:
@@ -351,15 +377,15 @@ def _resolved(strategy: Strategy, inputs: Mapping[str, Tensor], task: Task) -> d
         for name in wanted.names:
             if name in inputs:
                 ready[wanted.name] = inputs[name]
-                if wanted.name == "probabilities":
-                    made = Predictions if wanted.lazy else distributions
-                    ready[wanted.name] = made(inputs[name], logits=name == "logits", multilabel=task is Task.MULTILABEL)
+                if wanted.field == "probabilities":
+                    made, logits = Predictions if wanted.lazy else distributions, name != wanted.name
+                    ready[wanted.name] = made(inputs[name], logits=logits, multilabel=task is Task.MULTILABEL)
     return ready
 
 
-def rank(scores: Tensor, k: int, candidates: Tensor, pool: Shards) -> Selection:
-    """The k candidates (n,) of the highest scores (n,): what is left to do once every row is scored."""
-    indices, best = pool.top(scores, k, candidates)
+def rank(scores: Tensor, choice: Choice) -> Selection:
+    """The rows of the highest scores (n,): what is left to do once every row is scored."""
+    indices, best = choice.walk(scores, choice.k)
     return Selection(indices, best, lambda: scores)
 
 

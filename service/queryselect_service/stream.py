@@ -121,7 +121,7 @@ class Stream:
         request = wire.decode(start, None, service.settings)
         request.check(service.settings, call.check)
         times.decode = time.monotonic() - self._started
-        blockwise = any(in_blocks(request, name) for name in request.used if request.inputs[name].data is None)
+        blockwise = any(in_blocks(request, array) for array in request.arrays)
         engine, selection = service.engine, None
         with engine.admit(request, call, times, held=held_bytes(request), resident=not blockwise) as place:
             upload = Upload(request, place.reserve, call.check)

@@ -91,20 +91,14 @@ class Upload:
         self._request, self._look = request, check
         self._expected = {array.path: array for array in request.arrays if array.data is None}
         self._coverage = {path: Coverage() for path in self._expected}
-        names = [name for name in request.used if request.inputs[name].path in self._expected]
-        by_block = [name for name in names if in_blocks(request, name)]
-        blocked = {name: request.inputs[name] for name in by_block}
-        self.blocks = Blocks(blocked, request.size, reserve, widest=_widest(request))
-        self._names = {request.inputs[name].path: name for name in names}
-        unread = {request.inputs[name].path for name in request.inputs if name not in request.used}
-        apart = {request.inputs[name].path for name in by_block}
-        self._buffers = {
-            path: _bytes(array.nbytes) for path, array in self._expected.items() if path not in unread | apart
-        }
+        by_block = {array.name: array for array in self._expected.values() if in_blocks(request, array)}
+        self.blocks = Blocks(by_block, request.size, reserve, widest=_widest(request))
+        apart = {array.path for array in (*request.unused, *by_block.values())}
+        self._buffers = {path: _bytes(array.nbytes) for path, array in self._expected.items() if path not in apart}
         # What must be here before rows can be looked at: lists of rows, and inputs that are not per row.
-        per_row = {request.inputs[name].path for name in names if request.per_row(name)}
-        self._first = {path for path in self._buffers if path not in per_row and path != "pool.ids.integers"}
-        self._checked = dict.fromkeys(per_row & {*self._buffers}, 0)  # rows whose values were looked at
+        self._first = {path for path in self._buffers if not self._expected[path].per_row}
+        # Rows whose values were looked at.
+        self._checked = {array.path: 0 for array in request.read if array.path in self._buffers and array.per_row}
 
         for path, array in self._expected.items():
             if not array.nbytes:
@@ -143,16 +137,20 @@ class Upload:
             self._buffers[part.path][part.offset : stop] = data
             if self._coverage[part.path].total == array.nbytes:
                 self._complete(part.path)
-        elif part.path in self._names:
-            self.blocks.write(self._names[part.path], part.offset, data)
+        elif in_blocks(self._request, array):
+            self.blocks.write(array.name, part.offset, data)
         self._check()
 
     def finish(self) -> None:
-        """The client has sent everything. Raises DataLoss where something is missing."""
+        """The client has sent everything.
+
+        Raises DataLoss where something is missing, InvalidInput for what is wrong with a tensor as a whole.
+        """
         for path, array in self._expected.items():
             missing = array.nbytes - self._coverage[path].total
             if missing:
                 raise DataLoss(f"{missing} of {array.nbytes} bytes of {path} did not come")
+        self._request.check_weights()
 
     def _complete(self, path: str) -> None:
         """A tensor that is held as a whole is here."""
@@ -162,8 +160,8 @@ class Upload:
         array.data = elements(path, buffer, array.dtype, array.shape)
         if path in self._first:
             self._first.remove(path)
-            if path in self._names:
-                self._request.check_values(self._names[path], array.data, 0, self._look)
+            if array.letters:
+                self._request.check_values(array, array.data, 0, self._look)
             else:
                 self._request.check_rows()
 
@@ -172,44 +170,43 @@ class Upload:
         if self._first:
             return
         for path, checked in self._checked.items():
-            array, name = self._expected[path], self._names[path]
+            array = self._expected[path]
             rows = self._coverage[path].prefix // _row_bytes(array)
             if rows < array.shape[0]:
                 rows -= rows % CHECK_ROWS
             if rows > checked:
                 span = slice(checked * _row_bytes(array), rows * _row_bytes(array))
                 data = elements(path, self._buffers[path][span], array.dtype, (rows - checked, *array.shape[1:]))
-                self._request.check_values(name, data, checked, self._look)
+                self._request.check_values(array, data, checked, self._look)
                 self._checked[path] = rows
         while self.blocks.full:
             block = self.blocks.full.popleft()
             for name, data in block.tensors.items():
-                self._request.check_values(name, data, block.rows.start, self._look)
+                self._request.check_values(self._request.inputs[name], data, block.rows.start, self._look)
             self.blocks.ready.append(block)
 
 
-def in_blocks(request: Request, name: str) -> bool:
-    """Whether a streamed input is looked at block by block and never held."""
-    return request.per_row(name) and (request.strategy.pointwise or request.validate_only)
+def in_blocks(request: Request, array: Array) -> bool:
+    """Whether a streamed tensor is looked at block by block and never held."""
+    read = array.name in request.used and array.per_row
+    return read and array.data is None and (request.strategy.pointwise or request.validate_only)
 
 
 def held_bytes(request: Request) -> int:
     """The host memory of a request's tensors while they come and after, in bytes, if their chunks come in order."""
     held, row = 0, 0
+    dropped = {array.path for array in request.unused if array.data is None}  # as it comes: nobody reads it
     for array in request.arrays:
-        name = array.path.removeprefix("pool.")
-        if name in request.inputs and array.data is None and name not in request.used:
-            continue  # nobody reads it: dropped as it comes
-        if name in request.inputs and array.data is None and in_blocks(request, name):
+        if in_blocks(request, array):
             row += _row_bytes(array)
-        else:
+        elif array.path not in dropped:
             held += array.nbytes
     return held + WINDOW * block_rows(_widest(request)) * row
 
 
 def _widest(request: Request) -> int:
     """The entries of a row of the widest input: blocks are the same however the rows came."""
-    arrays = (request.inputs[name] for name in request.used if request.per_row(name))
+    arrays = (request.inputs[name] for name in request.used if request.inputs[name].per_row)
     return max((_row_bytes(array) // array.dtype.itemsize for array in arrays), default=1)
 
 

@@ -32,10 +32,22 @@ from queryselect_service import spec as specs
 from queryselect_service.checks import Array, elements, shape_text
 from queryselect_service.engine import Times
 from queryselect_service.errors import InvalidInput, OverLimit, Unsupported
+from queryselect_service.quotas import Quota, QuotaLimit
+from queryselect_service.references import REFERENCE_INPUTS, Reference
 from queryselect_service.request import INPUTS, ROW_LISTS, Request
 from queryselect_service.settings import Settings
 from queryselect_service.spec import Spec
-from queryselect_service.strategy import PLUGINS, STRATEGIES, ScoreKind, Selection, Strategy, Task
+from queryselect_service.strategy import (
+    PLUGINS,
+    STRATEGIES,
+    Input,
+    ReferenceRole,
+    ScoreKind,
+    Selection,
+    Strategy,
+    Task,
+)
+from queryselect_service.terms import Terms
 from queryselect_service.upload import Part
 
 if sys.byteorder != "little":
@@ -90,21 +102,19 @@ def decode(message: selection_pb2.SelectRequest, buffers: Buffers | None, settin
             name="max_references",
             field="references",
         )
-    if message.references:
-        raise Unsupported("no query strategy of this server reads references", field="references")
-    every = (*STRATEGIES.values(), *PLUGINS.values())
-    read = {name for some in every for each in some.inputs for name in each.names}
-    _refuse_unserved(pool, "pool.", {*read, *ROW_LISTS, "ids", "num_rows"})
-    _refuse_unserved(message.stop, "stop.", {"max_items"})
+    read = {field for each in _every_input() if each.role is None for field in each.fields}
+    _refuse_unserved(pool, "pool.", {*read, *ROW_LISTS, "costs", "quotas", "ids", "num_rows"})
     for value in message.returns:
         name = _enum_name(selection_pb2.Return.DESCRIPTOR, value, "returns")
         if name not in ("UNSPECIFIED", "POOL_SCORES"):
             raise Unsupported(f"this server does not return {name}", field="returns")
     task = _enum_name(strategy_pb2.Task.DESCRIPTOR, message.task, "task")
 
-    def arrays(names: Any) -> dict[str, Array]:
+    def arrays(letters: Mapping[str, str]) -> dict[str, Array]:
         return {
-            name: decode_tensor(getattr(pool, name), f"pool.{name}", buffers) for name in names if pool.HasField(name)
+            name: decode_tensor(getattr(pool, name), f"pool.{name}", buffers, each)
+            for name, each in letters.items()
+            if pool.HasField(name)  # type: ignore[arg-type]
         }
 
     return Request(
@@ -112,7 +122,12 @@ def decode(message: selection_pb2.SelectRequest, buffers: Buffers | None, settin
         spec=spec,
         path=path,
         inputs=arrays(INPUTS),
-        row_lists=arrays(ROW_LISTS),
+        references=[
+            _decode_reference(each, f"references[{at}]", strategy, buffers)
+            for at, each in enumerate(message.references)
+        ],
+        row_lists=arrays(dict.fromkeys(ROW_LISTS, "")),
+        terms=_decode_terms(message, buffers, settings),
         num_rows=pool.num_rows if pool.HasField("num_rows") else None,
         max_items=message.stop.max_items if message.stop.HasField("max_items") else None,
         task=Task.MULTICLASS if task == "UNSPECIFIED" else Task(task),
@@ -129,10 +144,67 @@ def _refuse_unserved(message: Message, path: str, served: set[str]) -> None:
             raise Unsupported(f"this server does not serve {path}{field.name} yet", field=f"{path}{field.name}")
 
 
+def _every_input() -> list[Input]:
+    """The inputs of all strategies here."""
+    return [each for some in (*STRATEGIES.values(), *PLUGINS.values()) for each in some.inputs]
+
+
+def _decode_reference(
+    message: selection_pb2.ReferenceSet, path: str, strategy: Strategy, buffers: Buffers | None
+) -> Reference:
+    served = {each.role for each in _every_input()} - {None}
+    if not served:
+        raise Unsupported("no query strategy of this server reads references", field=path)
+    name = _enum_name(selection_pb2.ReferenceRole.DESCRIPTOR, message.role, f"{path}.role")
+    if name == "UNSPECIFIED" and len(strategy.roles) != 1:
+        known = f"reads those of roles {', '.join(strategy.roles)}" if strategy.roles else "reads no references"
+        raise InvalidInput(f"{path} needs a role; it has none, and {strategy.name} {known}", field=f"{path}.role")
+    role = strategy.roles[0] if name == "UNSPECIFIED" else ReferenceRole(name)
+    if role not in served:
+        words = f"no query strategy of this server reads references of role {role}"
+        raise Unsupported(words, field=f"{path}.role")
+    _refuse_unserved(
+        message, f"{path}.", {"role", *(field for each in _every_input() if each.role is role for field in each.fields)}
+    )
+    inputs = {
+        field: decode_tensor(getattr(message, field), f"{path}.{field}", buffers, letters)
+        for field, letters in REFERENCE_INPUTS.items()
+        if message.HasField(field)  # type: ignore[arg-type]
+    }
+    return Reference(path, role, inputs)
+
+
+def _decode_terms(message: selection_pb2.SelectRequest, buffers: Buffers | None, settings: Settings) -> Terms:
+    pool, stop = message.pool, message.stop
+    if len(pool.quotas) > settings.max_quotas:
+        raise OverLimit("quotas", len(pool.quotas), settings.max_quotas, name="max_quotas", field="pool.quotas")
+    quotas, values = [], []
+    for at, each in enumerate(pool.quotas):
+        path = f"pool.quotas[{at}]"
+        if not each.HasField("values"):
+            raise InvalidInput(f"{path} needs values of shape (N); it has none", field=f"{path}.values")
+        values.append(decode_tensor(each.values, f"{path}.values", buffers, "N"))
+        limits = tuple(_decode_limit(limit, f"{path}.limits[{place}]") for place, limit in enumerate(each.limits))
+        quotas.append(Quota(each.name or path, each.default_max if each.HasField("default_max") else None, limits))
+    return Terms(
+        quotas=tuple(quotas),
+        values=tuple(values),
+        costs=decode_tensor(pool.costs, "pool.costs", buffers, "N") if pool.HasField("costs") else None,
+        max_cost=stop.max_cost if stop.HasField("max_cost") else None,
+        min_gain=stop.min_gain if stop.HasField("min_gain") else None,
+    )
+
+
+def _decode_limit(limit: selection_pb2.QuotaLimit, path: str) -> QuotaLimit:
+    if not limit.HasField("value"):
+        raise InvalidInput(f"{path} needs a value, the group that it limits; it has none", field=f"{path}.value")
+    return QuotaLimit(limit.value, limit.min, limit.max if limit.HasField("max") else None)
+
+
 def _decode_ids(pool: selection_pb2.Pool, buffers: Buffers | None) -> Array | list[str] | None:
     kind = pool.ids.WhichOneof("kind")
     if kind == "integers":
-        return decode_tensor(pool.ids.integers, "pool.ids.integers", buffers)
+        return decode_tensor(pool.ids.integers, "pool.ids.integers", buffers, "N")
     if kind == "strings":
         return list(pool.ids.strings.values)
     if pool.HasField("ids"):
@@ -140,10 +212,10 @@ def _decode_ids(pool: selection_pb2.Pool, buffers: Buffers | None) -> Array | li
     return None
 
 
-def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers | None) -> Array:
+def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers | None, letters: str = "") -> Array:
     """The tensor at `path`. Its elements are views of the message's bytes or of the caller's buffer: not to be written.
 
-    buffers: as in `decode`.
+    buffers: as in `decode`. letters: what its dimensions should be; not checked here.
 
     Raises InvalidInput where type, shape and bytes don't fit together.
     """
@@ -160,10 +232,10 @@ def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers | None
         raise Unsupported("this server does not read tensors by reference", field=path)
     if source == "streamed":
         if buffers is None:
-            return Array(path, dtype, shape)
+            return Array(path, dtype, shape, None, letters)
         if path not in buffers:
             raise InvalidInput(f"{path} is marked as streamed, which only SelectStream can send", field=path)
-        return Array(path, dtype, shape, elements(path, buffers[path], dtype, shape))
+        return Array(path, dtype, shape, elements(path, buffers[path], dtype, shape), letters)
     needed = math.prod(shape) * dtype.itemsize
     if source is None and needed:  # no elements may be told by no bytes
         raise InvalidInput(f"{path} needs data; it has none", field=path)
@@ -171,7 +243,7 @@ def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers | None
     if len(data) != needed:
         text = f"{path} of shape {shape_text(shape)} and type {name}"
         raise InvalidInput(f"{text} needs {needed} bytes; it has {len(data)}", field=path)
-    return Array(path, dtype, shape, elements(path, np.frombuffer(data, np.uint8), dtype, shape))
+    return Array(path, dtype, shape, elements(path, np.frombuffer(data, np.uint8), dtype, shape), letters)
 
 
 def _enum_name(descriptor: EnumDescriptor, number: int, path: str) -> str:
@@ -244,11 +316,10 @@ def describe(strategy: Strategy) -> strategy_pb2.StrategyDescription:
     return strategy_pb2.StrategyDescription(
         name=strategy.name,
         summary=strategy.summary,
-        inputs=[
-            strategy_pb2.InputDescription(
-                name=each.name, shape=each.shape, required=each.required, alternatives=each.alternatives
-            )
-            for each in strategy.inputs
+        inputs=_describe_inputs(strategy, None),
+        references=[
+            strategy_pb2.ReferenceDescription(role=role, inputs=_describe_inputs(strategy, role))
+            for role in strategy.roles
         ],
         tasks=[strategy_pb2.Task.Value(f"TASK_{task}") for task in strategy.tasks],
         parameters=[_describe_parameter(each, hints[each.name]) for each in dataclasses.fields(strategy.spec)],
@@ -259,6 +330,17 @@ def describe(strategy: Strategy) -> strategy_pb2.StrategyDescription:
         citation=strategy.citation,
         custom=strategy.custom,
     )
+
+
+def _describe_inputs(strategy: Strategy, role: ReferenceRole | None) -> list[strategy_pb2.InputDescription]:
+    """The inputs of the pool, or those of the reference sets of a role."""
+    return [
+        strategy_pb2.InputDescription(
+            name=each.field, shape=each.shape, required=each.required, alternatives=each.alternatives
+        )
+        for each in strategy.inputs
+        if each.role is role
+    ]
 
 
 _PARAMETER_TYPES = {bool: "BOOL", int: "INT", float: "FLOAT", str: "STRING"}
@@ -318,6 +400,8 @@ def encode(selection: Selection | None, request: Request, large: Large | None = 
     if selection.pool_scores is not None:
         tensors["pool_scores"] = selection.pool_scores()
     message.stop_reason = selection_pb2.StopReason.Value(f"STOP_REASON_{selection.stop_reason}")
+    if selection.cost_spent is not None:
+        message.cost_spent = selection.cost_spent
     for path, tensor in tensors.items():
         at = message.ids.integers if path == "ids.integers" else getattr(message, path)
         at.dtype = NUMBERS[tensor.dtype]

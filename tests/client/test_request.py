@@ -23,6 +23,7 @@ from queryselect import (
 )
 from queryselect._request import to_strategy
 from queryselect.v1 import selection_pb2, strategy_pb2
+from tests import plugins  # noqa: F401  # registers them
 from tests.client.fake import Fake
 
 N = 50
@@ -107,7 +108,7 @@ def test_the_callers_message_is_neither_changed_nor_shared(fake: Fake, recorded:
         ("margn", None, "strategy", "did you mean 'margin'"),
         ("k_centre_greedy", None, "strategy", "did you mean 'k_center_greedy'"),
         ("Margin", None, "strategy", "did you mean 'margin'"),
-        ("zzz", None, "strategy", "This client knows custom, entropy"),
+        ("zzz", None, "strategy", "This client knows .*custom, entropy"),
         ("", None, "strategy", "no query strategy ''"),
         (selection_pb2.Stop(), None, "strategy", "queryselect.v1.Stop is no query strategy"),
         ("margin", {"topk": 2}, "strategy.margin.topk", "did you mean 'top_k'"),
@@ -223,7 +224,7 @@ def test_every_option_arrives(fake: Fake, recorded: Client) -> None:
 def test_nested_inputs_arrive(fake: Fake, recorded: Client) -> None:
     group = np.arange(N) % 5
     recorded.select(
-        "random",
+        Custom(name="nobody's"),
         1,
         num_rows=N,
         reference={"role": "VALIDATION", "embeddings": X, "labels": group},
@@ -246,8 +247,26 @@ def test_nested_inputs_arrive(fake: Fake, recorded: Client) -> None:
 
 
 def test_references_keep_their_order(fake: Fake, recorded: Client) -> None:
-    recorded.select("random", 1, num_rows=N, references=[{"role": "AVOID", "weights": X[0]}, {"weights": X[1]}])
+    references = [{"role": "AVOID", "weights": X[0]}, {"weights": X[1]}]
+    recorded.select(Custom(name="nobody's"), 1, num_rows=N, references=references)
     assert [each.weights.data for each in fake.request.references] == [X[0].tobytes(), X[1].tobytes()]
+
+
+def test_references_that_are_not_read_stay_here(fake: Fake, recorded: Client) -> None:
+    """Their sets go, so that the server can say what it does not read."""
+    rows = {"embeddings": X, "logits": Z, "labels": np.arange(N), "weights": X[:, 0]}
+    references = [rows, {"role": "AVOID", **rows}, {"role": "LABELED", **rows}]
+    recorded.select(Custom(name="guided"), 1, embeddings=X, references=references)
+    read = {"embeddings", "logits", "weights"}
+    told = [{field.name for field, _ in each.ListFields()} for each in fake.request.references]
+    assert told == [read, {"role"}, {"role", *read}]
+    recorded.select("random", 1, num_rows=N, reference=rows)
+    assert [each.ListFields() for each in fake.requests[-1].references] == [[]]
+
+
+def test_a_reference_or_references(recorded: Client) -> None:
+    with pytest.raises(TypeError, match="a reference or several"):
+        recorded.submit("random", 1, num_rows=N, reference={"labels": [1]}, references=[{"labels": [1]}])
 
 
 # What is wrong with a call is said before anything is sent

@@ -22,6 +22,7 @@ import queryselect_service
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from queryselect_service import strategy as strategies
 from queryselect_service import wire
+from queryselect_service.references import REFERENCE_INPUTS
 from queryselect_service.request import INPUTS, ROW_LISTS
 from queryselect_service.settings import Settings
 
@@ -68,10 +69,16 @@ class TestEveryStrategy:
                 assert field.type == getattr(field, f"TYPE_{kinds[kind]}")
             assert fields[field.name].metadata["doc"].strip(".")
 
-    def test_it_reads_inputs_that_a_pool_has(self, name):
+    def test_it_reads_inputs_that_a_pool_or_a_reference_set_has(self, name):
         for each in strategies.STRATEGIES[name].inputs:
-            assert INPUTS[each.name] == each.shape
-            assert set(each.alternatives) <= set(INPUTS)
+            inputs = INPUTS if each.role is None else REFERENCE_INPUTS
+            assert inputs[each.field] == each.shape
+            assert set(each.alternatives) <= set(inputs)
+
+    def test_it_keeps_to_quotas_and_costs(self, name):
+        strategy = strategies.STRATEGIES[name]
+        assert strategy.limitable
+        assert not {"k", "candidates"} & strategy.keywords
 
     def test_its_documentation_has_a_formula_shapes_an_example_and_a_paper(self, name):
         strategy = strategies.STRATEGIES[name]
@@ -109,6 +116,11 @@ def test_a_pool_has_the_inputs_that_the_service_knows():
     assert set(INPUTS) <= tensors
 
 
+def test_a_reference_set_has_the_inputs_that_the_service_knows():
+    fields = selection_pb2.ReferenceSet.DESCRIPTOR.fields
+    assert {each.name for each in fields if each.message_type is tensor_pb2.Tensor.DESCRIPTOR} == set(REFERENCE_INPUTS)
+
+
 @pytest.mark.parametrize(
     ("ours", "wire"),
     [
@@ -116,6 +128,7 @@ def test_a_pool_has_the_inputs_that_the_service_knows():
         (strategies.StopReason, selection_pb2.StopReason),
         (strategies.ScoreKind, strategy_pb2.ScoreKind),
         (strategies.Task, strategy_pb2.Task),
+        (strategies.ReferenceRole, selection_pb2.ReferenceRole),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )

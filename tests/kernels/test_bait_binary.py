@@ -45,7 +45,7 @@ def test_an_unsure_model_is_warned_of(local):
 def test_guesses_change_nothing(local, monkeypatch, depth, team):
     """However many picks are guessed at once, and among however few rows: no pick that is not the best stands."""
     monkeypatch.setattr(rank_one, "DEPTH", depth)
-    monkeypatch.setattr(rank_one, "TEAM", team)
+    monkeypatch.setattr(rank_one, "LEAST_TEAM", team)
     for seed in range(5):
         inputs = pool(np.random.default_rng(seed), dims=3)
         inputs["embeddings"][5:9] = inputs["embeddings"][4]  # ties

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -53,20 +56,30 @@ def cut(path: str, data: bytes, size: int) -> list[Request]:
 
 
 def at_path(message, path: str):
-    for name in path.split("."):
+    for name, _, place in re.findall(r"(\w+)(\[(\d+)\])?", path):
         message = getattr(message, name)
+        if place:
+            message = message[int(place)]
     return message
+
+
+def tensors(message, path: str = "") -> Iterator[str]:
+    """The paths of the tensors in a message, nested ones too."""
+    for each, value in message.ListFields():
+        at = path + each.name
+        parts = {at: value} if not each.is_repeated else {f"{at}[{place}]": one for place, one in enumerate(value)}
+        for name, part in parts.items():
+            if isinstance(part, tensor_pb2.Tensor):
+                yield name
+            elif isinstance(part, Message):
+                yield from tensors(part, f"{name}.")
 
 
 def streamed(message: selection_pb2.SelectRequest, *paths: str) -> tuple[Request, dict[str, bytes]]:
     """The start of the same request with the tensors at `paths`, by default all, marked as streamed; their bytes."""
     copy, data = selection_pb2.SelectRequest(), {}
     copy.CopyFrom(message)
-    if not paths:
-        pool = copy.pool
-        paths = tuple(f"pool.{each.name}" for each, value in pool.ListFields() if isinstance(value, tensor_pb2.Tensor))
-        paths += ("pool.ids.integers",) * (pool.ids.WhichOneof("kind") == "integers")
-    for path in paths:
+    for path in paths or list(tensors(copy)):
         each = at_path(copy, path)
         data[path] = each.data
         each.streamed.SetInParent()

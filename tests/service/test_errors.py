@@ -23,6 +23,7 @@ NUMBERS = {
     "float64": tensor_pb2.DATA_TYPE_F64,
     "float32": tensor_pb2.DATA_TYPE_F32,
     "int64": tensor_pb2.DATA_TYPE_I64,
+    "int32": tensor_pb2.DATA_TYPE_I32,
     "bool": tensor_pb2.DATA_TYPE_BOOL,
     "uint8": tensor_pb2.DATA_TYPE_U8,
 }
@@ -31,6 +32,9 @@ X = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
 MARGIN = strategy_pb2.Strategy(margin=strategies.Margin())
 RANDOM = strategy_pb2.Strategy(random=strategies.Random())
 FAR = strategy_pb2.Strategy(k_center_greedy=strategies.KCenterGreedy())
+
+
+GUIDED, SLEEPY = (strategy_pb2.Strategy(custom=strategies.Custom(name=name)) for name in ("guided", "sleepy"))
 
 
 def tensor(array) -> Tensor:
@@ -81,6 +85,16 @@ def fail(channel, message, **options):
 
 
 S = selection_pb2
+
+
+def limit(value: int, **bounds) -> selection_pb2.QuotaLimit:
+    return S.QuotaLimit(value=value, **bounds)
+
+
+def quota(*limits, **fields) -> selection_pb2.Quota:
+    return S.Quota(**{"values": tensor(np.arange(10) // 2), "limits": limits, **fields})
+
+
 INVALID = [
     # what, request, field, words
     ("no strategy", request(strategy_pb2.Strategy(), probabilities=tensor(P)), "strategy", "none is set"),
@@ -144,6 +158,37 @@ INVALID = [
     ("scores that do not exist", request(strategy_pb2.Strategy(custom=strategies.Custom(name="sleepy")), num_rows=5,
      returns=[S.RETURN_POOL_SCORES]), "returns", "has no score for rows it does not choose"),
     ("request id", request(request_id="no spaces"), "request_id", "printable ASCII"),
+    ("a quota without values", request(quotas=[S.Quota(name="video")]), "pool.quotas[0].values", "needs values of shape (N)"),
+    ("values of too few rows", request(quotas=[quota(), quota(values=tensor(np.arange(9)))]), "pool.quotas[1].values",
+     "N = 10 as in pool.probabilities; it has (9)"),
+    ("values of floats", request(quotas=[quota(values=tensor(np.ones(10)))]), "pool.quotas[0].values",
+     "needs type int64 or int32 or uint8; it has float64"),
+    ("a negative default", request(quotas=[quota(default_max=-1)]), "pool.quotas[0].default_max", "at least 0; it is -1"),
+    ("a negative minimum", request(quotas=[quota(limit(1, min=-2))]), "pool.quotas[0].limits[0].min", "it is -2"),
+    ("a negative maximum", request(quotas=[quota(limit(1, max=-2))]), "pool.quotas[0].limits[0].max", "it is -2"),
+    ("a minimum over the maximum", request(quotas=[quota(limit(1), limit(2, min=2, max=1))]), "pool.quotas[0].limits[1].min",
+     "at most the value's max, 1; it is 2"),
+    ("a minimum over the default", request(quotas=[quota(), quota(limit(2, min=2), default_max=1)]),
+     "pool.quotas[1].limits[0].min", "at most the value's max, 1; it is 2"),
+    ("minima over the budget", request(quotas=[quota(limit(1, min=2), limit(2, min=1))]), "pool.quotas[0].limits",
+     "want at least 3 picks; stop.max_items is 2"),
+    ("a value listed twice", request(quotas=[quota(limit(1), limit(5), limit(1))]), "pool.quotas[0].limits[2].value",
+     "lists value 1 twice"),
+    ("a limit of no value", request(quotas=[quota(S.QuotaLimit(max=1))]), "pool.quotas[0].limits[0].value", "needs a value"),
+    ("a limit of no group", request(quotas=[quota(limit(-1, max=1))]), "pool.quotas[0].limits[0].value", "in no group"),
+    ("negative costs", request(costs=tensor(np.arange(10.0) - 3)), "pool.costs", "must not be negative; row 0 has -3"),
+    ("negative whole costs", request(costs=tensor(5 - np.arange(10))), "pool.costs", "must not be negative; row 6 has -1"),
+    ("infinite costs", request(costs=tensor(np.array([1.0] * 8 + [np.inf, np.nan]))), "pool.costs", "finite; row 8 has inf"),
+    ("costs of too few rows", request(costs=tensor(np.ones(9))), "pool.costs", "it has (9)"),
+    ("costs of truth values", request(costs=tensor(np.ones(10, bool))), "pool.costs", "it has bool"),
+    ("a cost budget without costs", request(stop=S.Stop(max_items=1, max_cost=2.0)), "pool.costs", "needs pool.costs"),
+    ("a negative cost budget", request(stop=S.Stop(max_items=1, max_cost=-0.5), costs=tensor(np.ones(10))), "stop.max_cost",
+     "at least 0; it is -0.5"),
+    ("a cost budget that is no number", request(stop=S.Stop(max_items=1, max_cost=np.nan), costs=tensor(np.ones(10))),
+     "stop.max_cost", "it is nan"),
+    ("a least gain for points", request(stop=S.Stop(max_items=1, min_gain=0.0)), "stop.min_gain", "margin has no gains"),
+    ("a least gain that is no number", request(GUIDED, stop=S.Stop(max_items=1, min_gain=np.nan), embeddings=tensor(X)),
+     "stop.min_gain", "it is nan"),
 ]  # fmt: skip
 
 
@@ -172,6 +217,8 @@ OVER = [
     ("budget", request(RANDOM, num_rows=2_000_000, budget=1_000_001), "max_budget", 1_000_001),
     ("id", request(ids=Ids(strings=S.Strings(values=["x"] * 9 + ["é" * 65]))), "max_id_bytes", 130),
     ("references", request(references=[S.ReferenceSet()] * 17), "max_references", 17),
+    ("quotas", request(quotas=[quota()] * 9), "max_quotas", 9),
+    ("a quota's name", request(quotas=[quota(name="é" * 65)]), "max_id_bytes", 130),
     ("an answer over one message", request(RANDOM, num_rows=10_000_000, returns=[S.RETURN_POOL_SCORES]),
      "max_inline_bytes", 80_000_032),
 ]  # fmt: skip
@@ -191,17 +238,16 @@ UNSERVED = [
     ("a strategy of a newer client", request(unknown_strategy(), probabilities=tensor(P)), "strategy", "it has"),
     ("a plug-in that is not installed", request(strategy_pb2.Strategy(custom=strategies.Custom(name="nope")), num_rows=3),
      "strategy", "no plug-in 'nope'"),
-    ("costs", request(costs=tensor(np.ones(10))), "pool.costs", "does not serve pool.costs yet"),
-    ("quotas", request(quotas=[S.Quota()]), "pool.quotas", "yet"),
+    ("quotas, by a kernel that can't", request(SLEEPY, num_rows=10, quotas=[quota()]), "pool.quotas",
+     "sleepy does not keep to pool.quotas"),
+    ("a cost budget, by a kernel that can't", request(SLEEPY, stop=S.Stop(max_items=1, max_cost=1.0), costs=tensor(np.ones(10))),
+     "stop.max_cost", "sleepy does not keep to stop.max_cost"),
     ("items", request(item_rows=tensor(np.arange(10))), "pool.item_rows", "yet"),
     ("item aggregation", request(item_top_k=3), "pool.item_top_k", "yet"),
     ("an input that no strategy here reads", request(samples=tensor(np.ones((10, 2, 4)))), "pool.samples", "yet"),
     ("samples kind", request(samples_kind=S.SAMPLES_KIND_LOGITS), "pool.samples_kind", "yet"),
     ("a model", request(model="encoder"), "pool.model", "yet"),
     ("raw inputs", request(inputs={"pixels": tensor(X)}), "pool.inputs", "yet"),
-    ("references", request(references=[S.ReferenceSet(embeddings=tensor(X))]), "references", "references"),
-    ("max_cost", request(stop=S.Stop(max_items=1, max_cost=2.0)), "stop.max_cost", "yet"),
-    ("min_gain", request(stop=S.Stop(max_items=1, min_gain=0.0)), "stop.min_gain", "yet"),
     ("pseudo labels", request(returns=[S.RETURN_PSEUDO_LABELS]), "returns", "PSEUDO_LABELS"),
     ("by reference", request(probabilities=Tensor(dtype=1, shape=[10, 4], ref=tensor_pb2.TensorRef(uri="file:///etc"))),
      "pool.probabilities", "by reference"),

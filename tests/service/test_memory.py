@@ -17,9 +17,12 @@ import pytest
 import torch
 
 from queryselect_service import strategy as strategies
+from queryselect_service.checks import Array
+from queryselect_service.quotas import Quota
 from queryselect_service.shards import Whole
 from queryselect_service.spec import build
-from queryselect_service.strategy import STRATEGIES, Sizes, Task
+from queryselect_service.strategy import STRATEGIES, Limits, Sizes, Task
+from queryselect_service.terms import Terms
 
 strategies.load()
 
@@ -28,13 +31,15 @@ strategies.load()
 class Case:
     strategy: str
     rows: int
-    width: int = 1  # D or C
+    width: int = 1  # D, or C where the strategy reads no embeddings
+    classes: int = 0  # C beside D
     k: int = 100
     labeled: int = 0
     dtype: str = "float32"
     task: str = "MULTICLASS"
     params: tuple = ()
     offset: float = 0.0  # of embeddings from the origin
+    quotas: int = 0  # with as many groups as picks, one pick each, and costs
 
 
 CASES = [
@@ -45,6 +50,9 @@ CASES = [
     Case("margin", 150_000, 300, task="MULTILABEL"),
     Case("entropy", 2_000_000, 10, k=500_000),
     Case("entropy", 100_000, 1000, dtype="float16"),
+    Case("random", 5_000_000, quotas=1),
+    Case("random", 4_000_000, k=200_000, quotas=3),
+    Case("entropy", 2_000_000, 10, k=50_000, quotas=2),
     Case("k_center_greedy", 300_000, 384, k=10),
     Case("k_center_greedy", 300_000, 384, k=10, offset=1e4),
     Case("k_center_greedy", 150_000, 384, k=10, dtype="float64"),
@@ -52,7 +60,26 @@ CASES = [
     Case("k_center_greedy", 300_000, 384, k=10, labeled=300, params=(("normalize", True),)),
     Case("k_center_greedy", 2_000_000, 32, k=10, labeled=100),
     Case("k_center_greedy", 60_000, 384, k=200, labeled=5000),
+    Case("expected_gradient_length", 300_000, 384, 10),
+    Case("bait_diagonal", 100_000, 384, 10, k=5),
+    Case("bait_diagonal", 100_000, 64, 20, k=5, task="MULTILABEL"),
+    Case("bait_binary", 200_000, 128, 10, k=100),
+    Case("bait_binary", 50_000, 384, 10, k=500, labeled=100),
+    Case("bait", 100_000, 64, 20, k=20, task="MULTILABEL"),
+    Case("bait", 20_000, 128, 10, k=50, labeled=200),
+    Case("bait", 20_000, 384, 10, k=20, params=(("top_classes", 2),)),
+    Case("bait", 5_000, 256, 40, k=20, labeled=20),
 ]
+
+
+def required(strategy: strategies.Strategy) -> list[strategies.Input]:
+    """The inputs that a case gives: those that have to be there."""
+    return [each for each in strategy.inputs if each.required]
+
+
+def widths(case: Case) -> dict[str, int]:
+    """The sizes of D and C."""
+    return {"D": case.width, "C": case.classes or case.width}
 
 
 def measure(case: Case) -> tuple[int, int]:
@@ -63,8 +90,8 @@ def measure(case: Case) -> tuple[int, int]:
 
     def run(rows: int, k: int, labeled: int, watched: bool) -> tuple[int, int]:
         inputs = {}
-        for each in strategy.inputs:
-            x = np.random.default_rng(0).random((rows, case.width), np.float32)
+        for each in required(strategy):
+            x = np.random.default_rng(0).random((rows, widths(case)[each.shape[-1]]), np.float32)
             if each.name == "probabilities" and case.task == "MULTICLASS":
                 x /= x.sum(1, keepdims=True)
             inputs[each.name] = torch.from_numpy(x).add_(case.offset).to(dtype)
@@ -72,11 +99,12 @@ def measure(case: Case) -> tuple[int, int]:
         candidates = torch.ones(rows, dtype=torch.bool)
         candidates[:labeled] = False
         context = torch.arange(labeled)
+        limits = limits_of(case, rows, k)
         usage = Usage(os.getpid())
         with torch.inference_mode():
             strategies.select(
                 strategy, inputs, k=k, pool=Whole(rows), candidates=candidates, context=context,
-                spec=build(strategy.spec, dict(case.params)), task=Task(case.task),
+                spec=build(strategy.spec, dict(case.params)), task=Task(case.task), limits=limits,
             )  # fmt: skip
         return sum(x.nbytes for x in inputs.values()), int(usage.peak * 1e6) if watched else 0
 
@@ -84,10 +112,19 @@ def measure(case: Case) -> tuple[int, int]:
     return run(case.rows, case.k, case.labeled, True)
 
 
+def limits_of(case: Case, rows: int, k: int) -> Limits:
+    """Quotas whose groups lie together, so that most rows are passed over, and a budget that is no limit."""
+    if not case.quotas:
+        return Limits()
+    values = tuple(torch.arange(rows) * k // rows for _ in range(case.quotas))
+    quotas = tuple(Quota(f"quota {number}", 1) for number in range(case.quotas))
+    return Limits(quotas, values, torch.ones(rows, dtype=torch.float64), 1e9)
+
+
 def estimate(case: Case) -> int:
     strategy, item = STRATEGIES[case.strategy], getattr(torch, case.dtype).itemsize
-    letters = {letter: case.width for each in strategy.inputs for letter in each.shape.split() if letter != "N"}
-    inputs = case.rows * case.width * item if strategy.inputs else 0
+    letters = {each.shape[-1]: widths(case)[each.shape[-1]] for each in required(strategy)}
+    inputs = case.rows * sum(letters.values()) * item
     sizes = Sizes(
         entries=inputs // item,
         N=case.rows,
@@ -98,7 +135,9 @@ def estimate(case: Case) -> int:
         multilabel=case.task == "MULTILABEL",
         **letters,
     )
-    return strategy.memory(sizes, build(strategy.spec, dict(case.params)))
+    arrays = tuple(Array("pool.quotas", torch.int64, (case.rows,)) for _ in range(case.quotas))
+    terms = Terms(tuple(Quota("") for _ in arrays), arrays)
+    return strategy.memory(sizes, build(strategy.spec, dict(case.params))) + terms.memory(case.rows, case.k)
 
 
 def measured(case: Case) -> tuple[int, int]:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from queryselect import Client, Custom, InvalidInput, ServerBug
+from queryselect_service.spec import Spec
+from queryselect_service.strategy import ScoreKind, strategy
 from tests import plugins  # noqa: F401  # registers them
 
 Z = np.random.default_rng(0).normal(size=(50, 4))
@@ -51,3 +53,11 @@ def test_a_kernel_that_asks_for_logits_gets_logits(local: Client):
 def test_a_kernel_that_promised_pool_scores_and_has_none_is_a_bug(local: Client):
     with pytest.raises(ServerBug):
         local.select(Custom(name="second_class"), 7, logits=Z, return_pool_scores=True)
+
+
+def test_a_kernel_takes_a_choice_or_a_number_and_candidates():
+    def both(*, choice, k):
+        """Takes too much."""
+
+    with pytest.raises(ValueError, match="both takes choice"):
+        strategy(Spec, kind=ScoreKind.POINT, cost="", citation="")(both)

@@ -180,10 +180,12 @@ def test_the_top_are_those_of_a_stable_sort(dtype):
     for k in (1, 2, 7, 29, 30, 50):
         for share in (0.0, 0.1, 0.5, 1.0):
             scores, candidates = values(rng, dtype, N), torch.from_numpy(rng.random(N) < share)
-            rows, best = Whole(N).top(scores, k, candidates)
+            pairs = torch.arange(2 * N).view(N, 2)
+            rows, best, theirs = Whole(N).top(scores, k, candidates, pairs)
             order = sorted(np.flatnonzero(candidates), key=lambda row: (-float(scores[row]), row))[:k]
             assert rows.tolist() == order
             assert torch.equal(best, scores[rows])
+            assert torch.equal(theirs, pairs[order])
 
 
 def test_spans_cover_the_rows_and_depend_on_the_arguments_alone():
@@ -229,6 +231,8 @@ def test_the_top_of_all_slices(slices, cuts):
         for dtype in (*FLOATS, torch.int64)
         for k, share in ((1, 1.0), (5, 0.1), (5, 0.5), (29, 1.0), (50, 0.5), (3, 0.0))
     ]
+    shapes = ((N,), (N, 3))
+    cases.append([*cases[2], *(values(rng, dtype, *shape) for dtype in TYPES for shape in shapes)])
     expected, found = both(slices, cuts, "top", cases)
     for each in found:
         for one, two in zip(each, expected, strict=True):

@@ -106,18 +106,15 @@ def some_request(name: str, dtype: torch.dtype, rows: int) -> selection_pb2.Sele
     """A request for any strategy, with lists of rows of both kinds and ids."""
     strategy, message = registry.STRATEGIES[name], strategy_pb2.Strategy()
     getattr(message, name).SetInParent()
-    letters = {"N": rows, "D": 3, "C": 4, "K": 2, "P": 5, "L": 2}
-    pool = {}
+    letters = {"N": rows, "D": 3, "C": 4, "K": 2, "P": 5, "L": 2, "M": 6}
+    pool, references = {}, {role: selection_pb2.ReferenceSet() for role in strategy.roles}
     for each in strategy.inputs:
         shape = [letters[letter] for letter in each.shape.split()]
-        if not each.required:
-            continue
-        if each.name in INTEGER_INPUTS:
-            pool[each.name] = typed(torch.from_numpy(RNG.integers(0, 3, shape)))
-        elif each.name in ("probabilities", "samples"):
-            pool[each.name] = typed(torch.from_numpy(RNG.dirichlet(np.ones(shape[-1]), shape[:-1])).to(dtype))
-        else:
-            pool[each.name] = typed(torch.from_numpy(RNG.normal(size=shape)).to(dtype))
+        if each.role is not None:
+            references[each.role].role = selection_pb2.ReferenceRole.Value(f"REFERENCE_ROLE_{each.role}")
+            getattr(references[each.role], each.field).CopyFrom(some_tensor(each.field, shape, dtype))
+        elif each.required:
+            pool[each.name] = some_tensor(each.name, shape, dtype)
     mask = np.zeros(rows, bool)
     mask[[4, 5]] = True
     return request(
@@ -130,7 +127,17 @@ def some_request(name: str, dtype: torch.dtype, rows: int) -> selection_pb2.Sele
         ids=selection_pb2.Ids(integers=tensor(np.arange(rows) + 10**9)),
         seed=7,
         returns=[POOL_SCORES] if strategy.pool_scores else [],
+        references=references.values(),
     )
+
+
+def some_tensor(name: str, shape: list[int], dtype: torch.dtype) -> tensor_pb2.Tensor:
+    if name in INTEGER_INPUTS:
+        return typed(torch.from_numpy(RNG.integers(0, 3, shape)))
+    if name in ("probabilities", "samples"):
+        return typed(torch.from_numpy(RNG.dirichlet(np.ones(shape[-1]), shape[:-1])).to(dtype))
+    numbers = torch.from_numpy(RNG.normal(size=shape))
+    return typed((numbers.abs() if name == "weights" else numbers).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)

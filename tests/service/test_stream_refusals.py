@@ -194,7 +194,7 @@ def fits(value) -> bool:
 UNSEEN = [
     "sum", "negative", "NaN", "NaN in embeddings", "+inf logits", "a label over 1", "row out of range", "negative row",
     "row listed twice", "a mask of twos", "labeled and pending", "candidates and excluded", "budget over candidates",
-    "budget over listed candidates",
+    "budget over listed candidates", "negative costs", "negative whole costs", "infinite costs",
 ]  # fmt: skip
 
 STREAMABLE = [

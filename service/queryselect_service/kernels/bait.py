@@ -10,14 +10,15 @@ from torch import Tensor
 
 from queryselect_service.choice import Choice
 from queryselect_service.errors import InvalidInput
+from queryselect_service.maths import class_blocks, rank_one
 from queryselect_service.maths.class_blocks import ClassBlocks, plan
 from queryselect_service.maths.class_factors import AllClasses, Factors, TopClasses
-from queryselect_service.maths.fisher import selection, terms
+from queryselect_service.maths.fisher import design_of, selection
 from queryselect_service.maths.predictions import Predictions
 from queryselect_service.maths.rank_one import RankOne
 from queryselect_service.shards import Shards
 from queryselect_service.spec import FisherDesign, parameter
-from queryselect_service.strategy import Notice, NoticeCode, ScoreKind, Selection, strategy
+from queryselect_service.strategy import Notice, NoticeCode, ScoreKind, Selection, Sizes, strategy
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,27 @@ class Bait(FisherDesign):
         return max(1, classes - 1) if self.top_classes in (None, classes) else self.top_classes or 1
 
 
+def _sizes(sizes: Sizes, spec: Bait) -> tuple[int, int, int, int, int, int]:
+    steps = min(spec.oversampling * sizes.k, sizes.N)
+    return sizes.N, sizes.D, sizes.C, spec.columns(sizes.C), sizes.L + sizes.M, steps
+
+
+def _memory(sizes: Sizes, spec: Bait) -> int:
+    n, dims, classes, _, _, steps = own = _sizes(sizes, spec)
+    return rank_one.memory(n, dims, classes, steps) if sizes.multilabel else class_blocks.memory(*own)
+
+
+def _work(sizes: Sizes) -> float:
+    n, dims, classes, _, _, steps = own = _sizes(sizes, Bait())
+    return rank_one.work(n, dims, classes, steps) if sizes.multilabel else class_blocks.work(*own)
+
+
 @strategy(
     Bait,
     kind=ScoreKind.GAIN,
     cost="O(N D C c k) time, O(N c^2 + D C c k) memory, c = C or top_classes",
+    memory=_memory,
+    work=_work,
     citation="Ash, Goel, Krishnamurthy and Kakade, Gone fishing: neural active learning with Fisher embeddings "
     "(NeurIPS 2021), arXiv:2106.09675, algorithm 1; top_classes: Huseljic et al., Fast Fishing (2024), "
     "arXiv:2404.08981",
@@ -82,7 +100,7 @@ def bait(
     >>> bait(x, p, context=torch.tensor([], dtype=torch.int64), choice=choice, pool=Whole(3)).indices
     tensor([2, 0])
     """
-    problem = terms(
+    problem = design_of(
         embeddings,
         probabilities,
         weights=weights,
@@ -97,8 +115,10 @@ def bait(
     choice.oversample(spec.oversampling)
     dims, classes = embeddings.shape[1], probabilities.shape[1]
     if probabilities.multilabel:
-        rank_one = RankOne(problem, Predictions.variances, labels=classes)
-        return selection(rank_one.forward(choice), choice, pool, lambda: rank_one.first)
+        if spec.top_classes is not None:
+            raise InvalidInput("top_classes has no meaning in a multi-label task", field="top_classes")
+        phase = RankOne(problem, Predictions.variances, labels=classes)
+        return selection(phase.forward(choice), choice, pool, lambda: phase.first)
     columns = spec.columns(classes)
 
     def factors(p: Tensor) -> Factors:

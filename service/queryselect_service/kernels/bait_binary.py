@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.maths.fisher import Rows, selection, terms
+from queryselect_service.maths import rank_one
+from queryselect_service.maths.fisher import Rows, design_of, selection
 from queryselect_service.maths.predictions import Predictions
 from queryselect_service.maths.rank_one import RankOne
 from queryselect_service.shards import Shards
 from queryselect_service.spec import FisherDesign
-from queryselect_service.strategy import Notice, NoticeCode, ScoreKind, Selection, strategy
+from queryselect_service.strategy import Notice, NoticeCode, ScoreKind, Selection, Sizes, strategy
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,16 @@ class BaitBinary(FisherDesign):
     """Its parameters are those of all that minimise tr(M^-1 F)."""
 
 
+def _sizes(sizes: Sizes, spec: FisherDesign) -> tuple[int, int, int, int]:
+    return sizes.N, sizes.D, 1, min(spec.oversampling * sizes.k, sizes.N)
+
+
 @strategy(
     BaitBinary,
     kind=ScoreKind.GAIN,
     cost="O(N D (D + k)) time, O(N k + D^2) memory",
+    memory=lambda sizes, spec: rank_one.memory(*_sizes(sizes, spec)),
+    work=lambda sizes: rank_one.work(*_sizes(sizes, BaitBinary())),
     citation="Huseljic, Hahn, Herde, Rauch and Sick, Fast Fishing: approximating BAIT for efficient and scalable deep "
     "active image classification (2024), arXiv:2404.08981, section 4.2",
 )
@@ -59,7 +66,7 @@ def bait_binary(
     >>> bait_binary(x, p, context=torch.tensor([], dtype=torch.int64), choice=choice, pool=Whole(3)).indices
     tensor([2, 0])
     """
-    problem = terms(
+    problem = design_of(
         embeddings,
         probabilities,
         weights=weights,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.maths.fisher import TIE, Rows, Terms, leader, picked, terms
+from queryselect_service.maths.fisher import TIE, Design, Rows, design_of, leader, picked
 from queryselect_service.maths.predictions import Predictions
-from queryselect_service.shards import Shards
+from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import FisherDesign
-from queryselect_service.strategy import ScoreKind, Selection, strategy
+from queryselect_service.strategy import ScoreKind, Selection, Sizes, strategy
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,18 @@ class BaitDiagonal(FisherDesign):
     """Its parameters are those of all that minimise tr(M^-1 F)."""
 
 
+def _memory(sizes: Sizes, spec: BaitDiagonal) -> int:
+    """A few numbers per row, a few (C, D), the picks' rows, and spans of float64 rows."""
+    spans = 2 * min(SPAN_BYTES, 8 * sizes.N * (2 * sizes.D + 12 * sizes.C))
+    return 8 * (6 * sizes.N + 8 * sizes.C * sizes.D + 2 * spec.oversampling * sizes.k * (sizes.D + sizes.C)) + spans
+
+
 @strategy(
     BaitDiagonal,
     kind=ScoreKind.GAIN,
     cost="O(N D C k) time, O(N + k (D + C)) memory",
+    memory=_memory,
+    work=lambda sizes: 4.0 * sizes.N * sizes.D * sizes.C * sizes.k,
     citation="Huseljic, Hahn, Herde, Rauch and Sick, Fast Fishing: approximating BAIT for efficient and scalable deep "
     "active image classification (2024), arXiv:2404.08981, section 5",
 )
@@ -60,7 +68,7 @@ def bait_diagonal(
     >>> bait_diagonal(x, p, context=torch.tensor([], dtype=torch.int64), choice=choice, pool=Whole(3)).indices
     tensor([2, 0])
     """
-    problem = terms(
+    problem = design_of(
         embeddings,
         probabilities,
         weights=weights,
@@ -118,7 +126,7 @@ def _information(rows: Rows) -> Tensor:
     return found
 
 
-def _gains(problem: Terms, inverse: Tensor, f: Tensor) -> Tensor:
+def _gains(problem: Design, inverse: Tensor, f: Tensor) -> Tensor:
     """Every row's gain (n,) under a and f (C, D)."""
     rows = problem.rows
     classes, dims = inverse.shape

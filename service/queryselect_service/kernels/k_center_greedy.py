@@ -12,7 +12,7 @@ from torch import Tensor
 from queryselect_service.maths.distances import Points
 from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Spec, parameter
-from queryselect_service.strategy import Notice, NoticeCode, ScoreKind, Selection, Sizes, strategy
+from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, Selection, Sizes, strategy
 
 
 @dataclass(frozen=True)
@@ -42,32 +42,32 @@ def _memory(sizes: Sizes, spec: KCenterGreedy) -> int:
 def k_center_greedy(
     embeddings: Annotated[Tensor, "N D"],
     *,
-    k: int,
+    choice: Choice,
     spec: KCenterGreedy = KCenterGreedy(),
     context: Tensor,
-    candidates: Tensor,
     pool: Shards,
 ) -> Selection:
     """Prefers the row farthest from everything that is labelled or chosen so far (farthest-first traversal).
 
         d(x) = min over c in context and picks of |x - c|;  pick argmax d;  repeat
 
-    embeddings: (n, D). context: (l,) rows that count as chosen already; candidates: (n,) bool. Without context the
-    first pick is the row nearest to the mean of the pool. Scores are the distances d at each pick, not squared; for
-    a first pick without context, its distance to the mean.
+    embeddings: (n, D). context: (l,) rows that count as chosen already; choice: k picks among (n,) rows. Without
+    context the first pick is the row nearest to the mean of the pool. Scores are the distances d at each pick, not
+    squared; for a first pick without context, its distance to the mean.
 
     Distances are computed fast, and rows whose order those distances can't tell are compared by direct differences in
     float64, so that the picks are those of exact arithmetic and exact ties go to the lowest row.
 
     >>> line = torch.tensor([[0.0], [1.0], [2.0], [9.0]])
     >>> from queryselect_service.shards import Whole
-    >>> everything = torch.ones(4, dtype=torch.bool)
-    >>> k_center_greedy(line, k=2, context=torch.tensor([0]), candidates=everything, pool=Whole(4)).indices
+    >>> four = Whole(4)
+    >>> choice = Choice(2, torch.ones(4, dtype=torch.bool), four)
+    >>> k_center_greedy(line, choice=choice, context=torch.tensor([0]), pool=four).indices
     tensor([3, 2])
     """
     points = Points(embeddings, pool, normalize=spec.normalize)
     n, dims, device = *embeddings.shape, embeddings.device
-    free, available = candidates.clone(), int(candidates.count_nonzero())
+    k, available = choice.k, int(choice.free.count_nonzero())
     nearest = torch.full((n,), math.inf, dtype=points.work.dtype, device=device)  # squared, fast
 
     labeled = [block for (block,) in pool.blocks(embeddings[context])]  # of all slices
@@ -77,41 +77,46 @@ def k_center_greedy(
     indices = torch.empty(k, dtype=torch.int64, device=device)
     scores = torch.empty(k, dtype=torch.float64, device=device)
     picks = torch.empty(k, dims, dtype=embeddings.dtype, device=device)  # (k, D)
-    first = 0
-    if not labeled:
-        best, score, row = pool.best(torch.where(free, points.to_mean().neg_(), -math.inf), embeddings)
-        indices[0], scores[0], picks[0], first = best, -score, row, 1
-        _take(free, best, pool)
-        points.update_nearest(nearest, row[None])
+    made, ended, cold = 0, False, not labeled
+    if cold:
+        best, score, row = choice.best(points.to_mean().neg_(), embeddings)
+        ended = choice.ends(score)
+        if not ended:
+            indices[0], scores[0], picks[0], made = best, -score, row, 1
+            choice.take(best)
+            points.update_nearest(nearest, row[None])
 
     # The exact distances of rows that have been looked at, to what is labelled and picks[:known]; -1 for none.
     distance = torch.full((n,), math.inf, dtype=torch.float64, device=device)
     known = torch.full((n,), -1, dtype=torch.int32, device=device)
-    for step in range(first, k):
-        pool.progress(step, k)
+    while made < k and not ended:
+        pool.progress(made, k)
         # Rows that may be the farthest, as far as fast distances can tell, are compared exactly.
-        leaders = _leaders(points, nearest, free)
+        leaders = _leaders(points, nearest, choice.free)
         behind = known[leaders]
         groups = torch.unique(behind.cpu()).tolist()  # on the host, so that the device is waited for once
         for seen in groups:  # so that no pair is computed twice
             late = leaders if len(groups) == 1 else leaders[behind == seen]
-            centres = [*labeled, picks[:step]] if seen < 0 else [picks[seen:step]]
+            centres = [*labeled, picks[:made]] if seen < 0 else [picks[seen:made]]
             distance[late] = torch.minimum(distance[late], points.direct(late, *centres))
-        known.index_fill_(0, leaders, step)
+        known.index_fill_(0, leaders, made)
         best, score, row = pool.best(
             torch.full_like(distance, -math.inf).index_copy_(0, leaders, distance[leaders]), embeddings
         )
-        # When every candidate left repeats a row that is labelled or chosen, all of them lead, and their order is the
-        # rows' own. Where fewer lead, the device need not be asked for the score.
-        if len(leaders) >= available - step and not score > 0:
-            indices[step:], scores[step:] = pool.top(torch.zeros_like(nearest), k - step, free)
-            covered = indices[step:]
-            break
-        indices[step], scores[step], picks[step] = best, score, row
-        _take(free, best, pool)
-        points.update_nearest(nearest, row[None])
-    else:
-        covered = indices[:0]
+        ended = choice.ends(score)
+        # When every row left repeats a row that is labelled or chosen, all of them lead, and their order is the rows'
+        # own. Where fewer lead, the device need not be asked for the score; limits have asked for it already.
+        all_lead = choice.limited or len(leaders) >= available - made
+        if all_lead and not score > 0 and not choice.reopens:
+            rows, zeros = choice.walk(torch.zeros_like(distance), k - made)
+            indices[made : made + len(rows)], scores[made : made + len(rows)] = rows, zeros
+            made, ended = made + len(rows), True
+        elif not ended:
+            indices[made], scores[made], picks[made], made = best, score, row, made + 1
+            choice.take(best)
+            points.update_nearest(nearest, row[None])
+    indices, scores = indices[:made], scores[:made]
+    covered = indices[cold:][scores[cold:] == 0]
 
     def pool_scores() -> Tensor:
         if not labeled:
@@ -128,11 +133,6 @@ def _leaders(points: Points, nearest: Tensor, free: Tensor) -> Tensor:
     return (free & (nearest + error >= threshold)).nonzero().squeeze(1)
 
 
-def _take(free: Tensor, row: Tensor, pool: Shards) -> None:
-    """Makes the global `row` free no longer; its number stays on the device."""
-    free &= torch.arange(pool.offset, pool.offset + len(free), device=free.device) != row
-
-
 def _notices(points: Points, spec: KCenterGreedy, covered: Tensor) -> tuple[Notice, ...]:
     notices = []
     if spec.normalize:
@@ -145,7 +145,7 @@ def _notices(points: Points, spec: KCenterGreedy, covered: Tensor) -> tuple[Noti
         notices.append(
             Notice(
                 NoticeCode.COVERED,
-                f"the last {len(covered)} picks repeat rows that are labelled or chosen already",
+                f"{len(covered)} picks repeat rows that are labelled or chosen already",
                 covered,
             )
         )

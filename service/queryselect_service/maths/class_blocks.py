@@ -26,26 +26,26 @@ from torch import Tensor
 
 from queryselect_service.choice import Choice
 from queryselect_service.errors import InvalidInput
-from queryselect_service.maths.class_factors import Factors
+from queryselect_service.maths.class_factors import ENTRY, Factors
 from queryselect_service.maths.fisher import (
     FLOPS_PER_BYTE,
+    KEPT,
     ROUNDING,
+    Design,
     Forward,
     Rows,
-    Terms,
     inverse_of_root,
     leader,
     product,
     root_of,
 )
 from queryselect_service.maths.noise import uniform
+from queryselect_service.shards import SPAN_BYTES
 
 #: C D up to which A and F are written out in any case, and up to which they may be.
 SMALL_SIDE, LARGE_SIDE = 1024, 8192
 #: Multiply-adds for all pairs of rows, from which on F averages over some rows only; and how many at least.
 PAIRS, LEAST_SAMPLE = 1e14, 10_000
-#: What an entry of L_xᵀL_y costs beside a multiply-add.
-PAIR_ENTRY = 16
 #: Rows that are paired with others at once.
 PAIRED = 2048
 #: Float64 entries up to which rows and their factors are kept ready, and how many of a row's factors' are per class.
@@ -73,7 +73,7 @@ class Plan:
 def plan(n: int, dims: int, classes: int, columns: int, context: int, steps: int) -> Plan:
     """n: rows. columns: c. context: n_L. steps: picks of the forward phase."""
     side, taken, borrowed = dims * classes, steps * columns, context * columns
-    pair = 2.0 * dims + min(classes**2, PAIR_ENTRY * columns**2 + 4 * classes)  # multiply-adds for a pair of rows
+    pair = 2.0 * dims + min(classes**2, ENTRY * columns**2 + 4 * classes)  # multiply-adds for a pair of rows
     sample = int(min(n, max(LEAST_SAMPLE, PAIRS / (n * pair))))
     passes = 8.0 * n * side  # of a direction: F u through the pool, and two products with all rows
     free = n * sample * pair + borrowed * (passes + 3.0 * side * borrowed)
@@ -110,11 +110,11 @@ class Reader:
 class _Inverse:
     """A = A_0 - W Wᵀ, and products with it and with F. W are the directions of all that was taken since A_0."""
 
-    def __init__(self, terms: Terms, make: Make, most: int) -> None:
+    def __init__(self, design: Design, make: Make, most: int) -> None:
         """most: how many directions there may be."""
-        self.terms, self.make, self.pool = terms, make, terms.pool
-        self.dims, self.classes = terms.rows.embeddings.shape[1], terms.rows.predictions.shape[1]
-        self._directions = terms.rows.mass.new_empty(most, self.dims * self.classes)
+        self.design, self.make, self.pool = design, make, design.pool
+        self.dims, self.classes = design.rows.embeddings.shape[1], design.rows.predictions.shape[1]
+        self._directions = design.rows.mass.new_empty(most, self.dims * self.classes)
         self.taken, self._since = 0, 0  # how many directions there are, and which is the first since A_0
 
     def add(self, u: Tensor, _: Tensor) -> None:
@@ -140,7 +140,7 @@ class _Inverse:
     def _cold(self, y: Tensor) -> Tensor:
         """y/λ, without what is the same for all classes."""
         blocks = y.view(-1, self.classes, self.dims)
-        return ((blocks - blocks.mean(1, keepdim=True)) / self.terms.ridge).view_as(y)
+        return ((blocks - blocks.mean(1, keepdim=True)) / self.design.ridge).view_as(y)
 
     def fisher(self, u: Tensor) -> Tensor:
         """F u for u (r, C D)."""
@@ -158,7 +158,7 @@ class _Inverse:
             x, factors = rows[span]
             squares = x.square().sum(1)
             between = _between(factors, eye.expand(len(squares), -1, -1))
-            g[span] = between * (squares / self.terms.ridge)[:, None, None]
+            g[span] = between * (squares / self.design.ridge)[:, None, None]
 
     def refresh(self) -> None:
         """Computes A_0 anew from M. Raises InvalidInput where there is nothing more exact than A."""
@@ -168,13 +168,13 @@ class _Inverse:
 class _Dense(_Inverse):
     """A_0, F and M_0 written out, (C D, C D)."""
 
-    def __init__(self, terms: Terms, make: Make, most: int) -> None:
-        super().__init__(terms, make, most)
-        self._fisher = terms.total(self._information)
+    def __init__(self, design: Design, make: Make, most: int) -> None:
+        super().__init__(design, make, most)
+        self._fisher = design.total(self._information)
         # V of all that was taken; M = λI + context + V Vᵀ is written out where A_0 is computed anew.
         self._columns = torch.empty_like(self._directions)
         self._a = self._fisher.new_empty(0)  # (C D, C D); empty: I/λ
-        if terms.labeled:
+        if design.labeled:
             self.refresh()
 
     def _information(self, rows: Rows) -> Tensor:
@@ -194,9 +194,9 @@ class _Dense(_Inverse):
 
     def refresh(self) -> None:
         """See _Inverse."""
-        matrix = self.terms.ridge * torch.eye(len(self._fisher), dtype=torch.float64, device=self._fisher.device)
-        if self.terms.labeled:
-            matrix += self.terms.context_total(self._information)
+        matrix = self.design.ridge * torch.eye(len(self._fisher), dtype=torch.float64, device=self._fisher.device)
+        if self.design.labeled:
+            matrix += self.design.context_total(self._information)
         some = self._columns[: self.taken]
         matrix += product(some.T[None], some[None], self.pool)[0]
         # Along what is the same for all classes anything may stand here, as it is left out below.
@@ -242,7 +242,7 @@ class _Dense(_Inverse):
 
     def _measure_cold(self, rows: Reader, g: Tensor, h: Tensor) -> None:
         """As measure, where A is I/λ."""
-        ridge, side = self.terms.ridge, self.dims * self.classes
+        ridge, side = self.design.ridge, self.dims * self.classes
         self.measure_lengths(rows, g)
         for span in self.pool.spans(len(rows), max(32 * side, 2 * self.dims * side // FLOPS_PER_BYTE)):
             x, factors = rows[span]
@@ -264,9 +264,9 @@ class _Dense(_Inverse):
 class _Free(_Inverse):
     """A = I/λ - W Wᵀ, and F through the rows that it averages over."""
 
-    def __init__(self, terms: Terms, make: Make, most: int, sample: Reader) -> None:
+    def __init__(self, design: Design, make: Make, most: int, sample: Reader) -> None:
         """sample: those of these rows that are here."""
-        super().__init__(terms, make, most)
+        super().__init__(design, make, most)
         self._sample = sample
 
     def _solve_first(self, y: Tensor) -> Tensor:
@@ -286,17 +286,17 @@ class _Free(_Inverse):
                 found.addmm_(outer.flatten(1).T, x)
             return found
 
-        beside = self.terms.beside
+        beside = self.design.beside
         found = self.pool.sum(part(self._sample))
         return (found if beside is None else found + part(Reader(beside, self.make))).view_as(u)
 
     def measure(self, rows: Reader, g: Tensor, h: Tensor) -> None:
         """See _Inverse; before anything is taken."""
-        ridge, columns = self.terms.ridge, h.shape[1]
+        ridge, columns = self.design.ridge, h.shape[1]
         h.zero_()
         for some in self._everyone():
             theirs, y = self.make(some.predictions[:]), some.x(slice(None))
-            flops = len(y) * (2 * self.dims + min(self.classes**2, PAIR_ENTRY * columns**2 + 4 * self.classes))
+            flops = len(y) * (2 * self.dims + min(self.classes**2, ENTRY * columns**2 + 4 * self.classes))
             entries = 2 * len(y) * (1 + 3 * columns) + 4 * self.classes**2
             for span in self.pool.spans(len(rows), max(8 * entries, flops // FLOPS_PER_BYTE)):
                 x, factors = rows[span]
@@ -306,7 +306,7 @@ class _Free(_Inverse):
 
     def _everyone(self) -> Iterator[Rows]:
         """The rows that F averages over, of all slices, some at a time."""
-        sample, beside = self._sample.rows, self.terms.beside
+        sample, beside = self._sample.rows, self.design.beside
         found = self.pool.blocks(sample.embeddings, sample.predictions.values, sample.mass)
         if beside is not None:
             found = chain(found, [(beside.embeddings, beside.predictions.values, beside.mass)])
@@ -332,24 +332,24 @@ def _between(factors: Factors, middle: Tensor) -> Tensor:
 class ClassBlocks:
     """The forward phase."""
 
-    def __init__(self, terms: Terms, make: Make, columns: int, choice: Choice, how: Plan) -> None:
+    def __init__(self, design: Design, make: Make, columns: int, choice: Choice, how: Plan) -> None:
         """columns: c. choice: oversampled already."""
-        self._terms, self._make, self._pool, self._columns = terms, make, terms.pool, columns
+        self._design, self._make, self._pool, self._columns = design, make, design.pool, columns
         self._index = choice.allowed.nonzero().squeeze(1)  # (m,), rows here that may be chosen
-        borrowed = 0 if how.dense else terms.labeled * columns  # directions of context rows
+        borrowed = 0 if how.dense else design.labeled * columns  # directions of context rows
         most = borrowed + choice.steps * columns
-        sample = _sample(terms, how.sample)
-        everything = sample is terms.rows and len(self._index) == len(sample)
-        self._rows = Reader(terms.rows, make, None if everything else self._index)  # those that may be chosen
+        sample = _sample(design, how.sample)
+        everything = sample is design.rows and len(self._index) == len(sample)
+        self._rows = Reader(design.rows, make, None if everything else self._index)  # those that may be chosen
         self._inverse: _Inverse = (
-            _Dense(terms, make, most)
+            _Dense(design, make, most)
             if how.dense
-            else _Free(terms, make, most, self._rows if everything else Reader(sample, make))
+            else _Free(design, make, most, self._rows if everything else Reader(sample, make))
         )
-        self._g = terms.rows.mass.new_empty(len(self._index), columns, columns)
+        self._g = design.rows.mass.new_empty(len(self._index), columns, columns)
         self._h = torch.empty_like(self._g)
         self._measure()
-        if not how.dense and terms.labeled:
+        if not how.dense and design.labeled:
             for v in self._context():
                 self._take(v)
         self._borrowed = self._inverse.taken
@@ -359,8 +359,8 @@ class ClassBlocks:
     def _measure(self) -> None:
         """Computes G and H of every row that may be chosen."""
         self._inverse.measure(self._rows, self._g, self._h)
-        self._g *= self._terms.scale
-        self._h *= self._terms.scale
+        self._g *= self._design.scale
+        self._h *= self._design.scale
 
     def _keep_diagonals(self) -> None:
         """Keeps what rounding errors are measured by: the diagonals (m, c) of G and H when computed anew."""
@@ -368,7 +368,7 @@ class ClassBlocks:
 
     def _context(self) -> Iterator[Tensor]:
         """V (r, C D) of the context rows, of all slices, some at a time."""
-        here, beside = self._terms.context, self._terms.context_beside
+        here, beside = self._design.context, self._design.context_beside
         found = self._pool.blocks(here.embeddings, here.predictions.values, here.mass)
         if beside is not None:
             found = chain(found, [(beside.embeddings, beside.predictions.values, beside.mass)])
@@ -389,7 +389,7 @@ class ClassBlocks:
 
     def _gains(self) -> tuple[Tensor, Tensor]:
         """The gains (n,) of rows that may be chosen, -inf for others, and how wrong rounding may have made them."""
-        gains = torch.full_like(self._terms.rows.mass, -torch.inf)
+        gains = torch.full_like(self._design.rows.mass, -torch.inf)
         errors = torch.zeros_like(gains)
         found, wrong = self._g.new_empty(2, len(self._index))
         for span in self._pool.spans(len(self._index), 64 * self._columns**2):
@@ -424,7 +424,7 @@ class ClassBlocks:
         return before, root, overlaps, own
 
     def _change(self, u: Tensor, z: Tensor) -> None:
-        scale = self._terms.scale**0.5
+        scale = self._design.scale**0.5
         directions = torch.cat([u, z]).view(-1, self._inverse.dims)  # (2 r C, D)
         count, classes = 2 * len(u), self._inverse.classes
         for span in self._pool.spans(len(self._index), _touched(directions.numel(), count, classes, self._columns)):
@@ -437,7 +437,7 @@ class ClassBlocks:
 
     def forward(self, choice: Choice) -> Forward:
         """Chooses."""
-        pool, rows, columns = self._pool, self._terms.rows, self._columns
+        pool, rows, columns = self._pool, self._design.rows, self._columns
         size = choice.steps * columns
         # Below and on the diagonal Λ; above it Φ, whose blocks on the diagonal stand apart: there may be little room.
         packed, own = self._g.new_zeros(1, size, size), self._g.new_empty(choice.steps, columns, columns)
@@ -457,7 +457,7 @@ class ClassBlocks:
             if choice.ends(score):
                 break
             v = self._columns_of(x[None].double() * rows.scale, rows.predictions.of(values[None])[:])
-            before, root, overlaps, fisher = self._take(v * self._terms.scale**0.5)
+            before, root, overlaps, fisher = self._take(v * self._design.scale**0.5)
             start, stop = step * columns, (step + 1) * columns
             packed[0, start:stop, :start] = before[self._borrowed :].T
             packed[0, start:stop, start:stop] = root
@@ -496,15 +496,15 @@ def _unpacked(packed: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
     return root, fisher
 
 
-def _sample(terms: Terms, size: int) -> Rows:
+def _sample(design: Design, size: int) -> Rows:
     """The rows here that F averages over: all, or those of the lowest of one random number per row."""
-    rows, pool = terms.rows, terms.pool
+    rows, pool = design.rows, design.pool
     if size >= pool.size:
         return rows
     numbers = torch.arange(pool.offset, pool.offset + len(rows), device=rows.mass.device)
     chosen, _ = pool.top(-uniform(0, numbers), size, rows.mass > 0)
     mine = chosen[(chosen >= pool.offset) & (chosen < pool.offset + len(rows))].sort().values - pool.offset
-    beside = 0.0 if terms.beside is None else float(terms.beside.mass.sum())
+    beside = 0.0 if design.beside is None else float(design.beside.mass.sum())
     kept = float(pool.sum(rows.mass[mine].sum()))
     found = rows.at(mine)
     found.mass.mul_((1 - beside) / kept)  # as much together as all rows had
@@ -526,3 +526,23 @@ def _traces(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     root, _ = torch.linalg.cholesky_ex(g + eye)
     half = torch.linalg.solve_triangular(root, eye.expand_as(g), upper=False)
     return ((half @ h) * half).sum((1, 2)).clamp_min_(0), half.square().sum(1)
+
+
+def memory(n: int, dims: int, classes: int, columns: int, context: int, steps: int) -> int:
+    """Bytes that the forward and the backward phase take at the most; the arguments as those of `plan`."""
+    how, side, size = plan(n, dims, classes, columns, context, steps), dims * classes, steps * columns
+    ready = min(READY, n * (dims + READY_FACTORS * classes)) * (1 if how.sample == n else 2)
+    directions = (2 * size if how.dense else size + context * columns) * side
+    block = min(max(columns, min(CONTEXT_COLUMNS, context * columns)), max(1, size + context * columns))
+    rows = n * (2 * columns**2 + 4 * columns + 8) + ready
+    written = 6 * side**2 if how.dense else 0
+    forward = rows + directions + size**2 + written + 7 * block * side
+    backward = (6 if size <= KEPT else 4) * size**2
+    spans = 2 * min(SPAN_BYTES, 8 * n * max(side, 3 * columns * max(classes, columns)))
+    return 8 * max(forward, backward) + spans
+
+
+def work(n: int, dims: int, classes: int, columns: int, context: int, steps: int) -> float:
+    """Multiply-adds; the arguments as those of `plan`."""
+    side, size = dims * classes, steps * columns
+    return float(n * side * (side + 4 * size) + 3 * side**2 * size + context * columns * 4 * n * side)

@@ -12,6 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+#: How many multiply-adds of a product take as long as one entry of L_xᵀL_y, which is written, read and multiplied.
+ENTRY = 1000
+
 
 class Factors(Protocol):
     """The factors (C, c) of m rows."""
@@ -95,12 +98,18 @@ class AllClasses:
 
     def between(self, rows: Tensor, mass: Tensor, other: AllClasses) -> Tensor:
         """See Factors."""
-        classes = self.p.shape[1]
-        at = torch.triu_indices(classes, classes, device=rows.device)
-        outer = other.outer()[:, at[0], at[1]].mul_(mass[:, None])  # (n, C (C + 1) / 2)
-        found = rows.new_empty(len(rows), classes, classes)
-        found[:, at[0], at[1]] = found[:, at[1], at[0]] = rows @ outer
-        return self.transposed(self.transposed(found).mT)
+        return _by_classes(self, rows, mass, other)
+
+
+def _by_classes(factors: Factors, rows: Tensor, mass: Tensor, other: Factors) -> Tensor:
+    """See Factors.between: the sum over y of what stands for all pairs of classes, as one product."""
+    outer = other.outer()
+    classes = outer.shape[1]
+    at = torch.triu_indices(classes, classes, device=rows.device)
+    sums = rows @ outer[:, at[0], at[1]].mul_(mass[:, None])  # (m, C (C + 1) / 2)
+    found = rows.new_empty(len(rows), classes, classes)
+    found[:, at[0], at[1]] = found[:, at[1], at[0]] = sums
+    return factors.transposed(factors.transposed(found).mT)
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,9 @@ class TopClasses:
         return written.mT @ written
 
     def between(self, rows: Tensor, mass: Tensor, other: TopClasses) -> Tensor:
-        """See Factors. With few columns, the entries of L_xᵀL_y instead of all pairs of classes."""
+        """See Factors. Of many classes, the entries of L_xᵀL_y instead of all pairs of classes."""
+        if self.rest.shape[1] ** 2 <= ENTRY * self.columns**2:
+            return _by_classes(self, rows, mass, other)
         columns = other.columns
         theirs = other.written().flatten(0, 1).T.contiguous()  # (C, n c)
         entries = theirs[self.top].mT  # (m, n c, c)

@@ -1,4 +1,4 @@
-"""What the strategies share that minimise tr(M^-1 F): the terms of M and F, the leader of a step, the backward phase.
+"""What the strategies share that minimise tr(M^-1 F): M and F, the leader of a step, the backward phase.
 
 Everything here is float64 whatever the inputs are: gains fall by many orders of magnitude while a batch grows, and the
 picks of every float type are to be the same.
@@ -72,7 +72,7 @@ Part = Callable[[Rows], Tensor]
 
 
 @dataclass(frozen=True)
-class Terms:
+class Design:
     """What M = λI + Σ context + scale Σ picks and F are made of.
 
     rows: those of this place, their mass adding up to 1 with that of all others that count in F. context: those of this
@@ -108,7 +108,7 @@ def _total(pool: Shards, here: Rows, beside: Rows | None, part: Part) -> Tensor:
     return found if beside is None else found + part(beside)
 
 
-def terms(
+def design_of(
     embeddings: Tensor,
     predictions: Predictions,
     *,
@@ -120,8 +120,8 @@ def terms(
     k: int,
     spec: FisherDesign,
     pool: Shards,
-) -> Terms:
-    """The terms of a selection of k rows.
+) -> Design:
+    """The design of a selection of k rows.
 
     embeddings: (n, D). weights: (n,), masses in F, 1 by default. labeled_*: of labelled rows that are not in the pool.
     context: (l,) rows here that count as labelled. Raises InvalidInput for an absolute ridge that float64 can't hold
@@ -143,7 +143,7 @@ def terms(
     )
     share = k / (labeled + k)
     each = 1 / (labeled + k) if spec.fisher_scale is FisherScale.MEAN else labeled / (labeled + k)
-    return Terms(
+    return Design(
         here,
         beside,
         here.at(context, each),

@@ -6,9 +6,9 @@ There may be L such problems at once, one per label, whose gains add up. With u 
     g = xᵀAx  falls by  (x.u)²,    h = xᵀBx  falls by  2 (x.u)(x.ζ),    gain = Σ_l h/(τ + g),  τ = 1/σ².
 
 A pass over the pool is the cost of a pick. To make several picks per pass they are guessed: the rows of highest gain
-compete among themselves, through their Gram matrices under A and B; then one product with all the u and ζ gives the
-gains that every other row had at each of those steps, and the guesses stand up to the first step at which another row
-was as good. (Huseljic et al. 2024 for the approximation; the guessing is ours.)
+compete among themselves; then one product with all their u and ζ gives the gains that every other row had at each of
+those steps, and the guesses stand up to the first step at which another row was as good. (Huseljic et al. 2024 for the
+approximation; the guessing is ours.)
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.maths.fisher import ROUNDING, TIE, Forward, Rows, Terms, inverse_of_root, leader, root_of
+from queryselect_service.maths.fisher import ROUNDING, TIE, Design, Forward, Rows, inverse_of_root, leader, root_of
 from queryselect_service.maths.predictions import Predictions
+from queryselect_service.shards import SPAN_BYTES
 
-#: Rows that compete at first, where passes are short and where they are long.
-TEAM, LARGE_TEAM, LONG_PASS = 256, 512, 200_000
+#: Rows that compete at first: a part of all, but at least and at most so many.
+TEAM_PART, LEAST_TEAM, MOST_TEAM = 32, 256, 4096
 #: Picks that are guessed at once: at first, at least and at most.
 DEPTH, LEAST_DEPTH, MOST_DEPTH = 16, 4, 64
 #: Entries that the products of one pass may have.
 PRODUCTS = 1 << 25
 #: Rows whose steps are replayed at once: what they need stays in a core's cache.
-REPLAYED = 4096
+REPLAYED = 8192
 #: The error of a gain, as a part of the best, from which on everything is computed anew.
 DRIFT = 1e-10
 
@@ -63,22 +64,59 @@ class _Guess:
             self.scores[:count],
             self.x[:count],
             self.weights[:, :count],
-            self.u[..., :count],
-            self.zeta[..., :0],
-            self.products[:0],
+            self.u[..., :count].clone(),  # of their own, so that the rest can go
+            self.u.new_empty(0),
+            self.u.new_empty(0),
         )
+
+
+class _Steps:
+    """The directions u and ζ (L, D, R) of picks among a few rows, one after the other; A and B stay as they are."""
+
+    def __init__(self, x: Tensor, a: Tensor, b: Tensor, exact: tuple[Tensor, Tensor] | None, picks: int) -> None:
+        """x: (T, D). a, b: A and B (L, D, D). exact: S and SᵀFS where A = S Sᵀ, which lose fewer digits."""
+        self._x, self._a, self._b, self._exact = x, a, b, exact
+        self._y = None if exact is None else x @ exact[0]  # (L, T, D)
+        self.u, self.zeta = a.new_empty(*a.shape[:2], picks), a.new_empty(*a.shape[:2], picks)
+        self._p, self._q = (a.new_empty(len(a), len(x), picks) for _ in range(2))  # all rows' x.u and x.ζ
+        self._count = 0
+
+    def take(self, at: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """x.u and x.ζ (L, T) of all rows for the pick at (1,). weight: (L, 1), 1/√(τ + g)."""
+        row = self._x.index_select(0, at).T  # (D, 1)
+        if self._y is None or self._exact is None:
+            ax, bx = self._a @ row, self._b @ row  # (L, D, 1)
+            products = self._x @ torch.cat([ax, bx], dim=2)  # (L, T, 2)
+        else:
+            half, middle = self._exact
+            y = self._y.index_select(1, at).mT  # (L, D, 1)
+            both = torch.cat([y, middle @ y], dim=2)
+            products, (ax, bx) = self._y @ both, (half @ both).chunk(2, dim=2)
+        done = slice(0, self._count)
+        u, zeta, p, q = self.u[..., done], self.zeta[..., done], self._p[..., done], self._q[..., done]
+        ps, qs = p.index_select(1, at).mT, q.index_select(1, at).mT  # (L, count, 1)
+        weight = weight[..., None]
+        # What earlier picks took from A x and B x = A F A x, for directions and for the products with all rows.
+        new_u, new_p = weight * (ax - u @ ps), weight * (products[..., :1] - p @ ps)
+        new_w, new_q = weight * (bx - u @ qs - zeta @ ps), weight * (products[..., 1:] - p @ qs - q @ ps)
+        half_ufu = weight * new_q.index_select(1, at) / 2  # (L, 1, 1)
+        now = self._count
+        self.u[..., now], self.zeta[..., now] = new_u[..., 0], (new_w - half_ufu * new_u)[..., 0]
+        self._p[..., now], self._q[..., now] = new_p[..., 0], (new_q - half_ufu * new_p)[..., 0]
+        self._count += 1
+        return self._p[..., now], self._q[..., now]
 
 
 class RankOne:
     """The forward phase. Tensors of rows are (L, n), those of directions (L, D, r)."""
 
-    def __init__(self, terms: Terms, variances: Variances, labels: int) -> None:
-        self._terms, self._pool, self._rows = terms, terms.pool, terms.rows
+    def __init__(self, design: Design, variances: Variances, labels: int) -> None:
+        self._design, self._pool, self._rows = design, design.pool, design.rows
         n, dims = self._rows.embeddings.shape
         self._like = self._rows.mass  # float64, on the device
         self.inverse_variance = self._like.new_empty(labels, n)  # τ, infinite where a row has no information
         for span in self._rows.spans(0, 8 * (labels + self._rows.predictions.shape[1])):
-            self.inverse_variance[:, span] = 1 / (terms.scale * variances(self._rows.predictions.at(span))).T
+            self.inverse_variance[:, span] = 1 / (design.scale * variances(self._rows.predictions.at(span))).T
 
         def information(rows: Rows) -> Tensor:
             """Σ mass σ² x xᵀ: (L, D, D)."""
@@ -91,20 +129,21 @@ class RankOne:
             return found
 
         self._numbers = torch.arange(self._pool.offset, self._pool.offset + n, device=self._like.device)
-        self._columns = (self._rows.embeddings, self.inverse_variance.T)
-        self._fisher = terms.total(information)
-        self._matrix = terms.ridge * torch.eye(dims, dtype=torch.float64, device=self._like.device).repeat(labels, 1, 1)
-        if terms.labeled:
-            self._matrix += terms.context_total(information)
+        self._fisher = design.total(information)
+        self._matrix = design.ridge * torch.eye(dims, dtype=torch.float64, device=self._like.device).repeat(
+            labels, 1, 1
+        )
+        if design.labeled:
+            self._matrix += design.context_total(information)
         self._g, self._h = self._like.new_empty(labels, n), self._like.new_empty(labels, n)
-        self._fresh = not terms.labeled  # whether M is λI still
+        self._fresh = not design.labeled  # whether M is λI still
         self._refresh()
         self.first = self._gains().clone()  # (n,)
 
     def _refresh(self) -> None:
         """Computes A, B, g and h anew from M."""
         if self._fresh:
-            ridge = self._terms.ridge
+            ridge = self._design.ridge
             self._a = torch.eye(self._fisher.shape[-1], dtype=torch.float64, device=self._like.device) / ridge
             self._a = self._a.expand_as(self._fisher).clone()
             half, middle = None, self._fisher / ridge
@@ -118,7 +157,7 @@ class RankOne:
             x = self._rows.x(span)
             for label in range(labels):
                 # Lengths of products lose fewer digits than xᵀAx would, where A is large but not along x.
-                y = x / self._terms.ridge**0.5 if half is None else x @ half[label]
+                y = x / self._design.ridge**0.5 if half is None else x @ half[label]
                 self._g[label, span] = y.square().sum(1)
                 self._h[label, span] = (y @ middle[label]).mul_(y).sum(1)
         self._first_g, self._first_h = self._g.clone(), self._h.clone()
@@ -135,52 +174,33 @@ class RankOne:
         wrong = free & (errors > DRIFT * best) & (2 * (gains + errors) >= best)
         return bool(self._pool.sum(wrong.any().double()))
 
-    def _guess(self, rows: Tensor, embeddings: Tensor, inverse_variance: Tensor, *, picks: int) -> _Guess:
-        """Chooses among a team of rows alone. rows: (T,), ascending; embeddings: (T, D); inverse_variance: (T, L)."""
-        x = embeddings.double().mul_(self._terms.rows.scale) if self._terms.rows.scale != 1 else embeddings.double()
-        if self._exact is None:
-            ax, bx = self._a @ x.T, self._b @ x.T  # (L, D, T)
-            a, b = x @ ax, x @ bx  # (L, T, T), the Gram matrices under A and B
-        else:
-            half, middle = self._exact
-            y = x @ half
-            ax, bx = half @ y.mT, half @ (middle @ y.mT)
-            a, b = y @ y.mT, y @ middle @ y.mT
-        first_a, first_b = (each.diagonal(dim1=1, dim2=2).clone() for each in (a, b))
-        tau = inverse_variance.T.double()
-        free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        steps: list[tuple[Tensor, ...]] = []
+    def _guess(self, rows: Tensor, x: Tensor, *state: Tensor, picks: int) -> _Guess:
+        """Chooses among a team of rows alone. rows: (T,), ascending; x: (T, D); state: τ, g and h, (T, L) each."""
+        x = x.double() * self._rows.scale
+        tau, first_g, first_h = (each.T.double() for each in state)  # (L, T)
+        g, h, free = first_g.clone(), first_h.clone(), torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        steps = _Steps(x, self._a, self._b, self._exact, picks)
+        chosen, scores, weights, errors = [], [], [], []
         for _ in range(picks):
-            weights = 1 / (tau + a.diagonal(dim1=1, dim2=2))  # (L, T), 1/(τ + g)
-            gains = torch.where(free, (b.diagonal(dim1=1, dim2=2).clamp_min(0) * weights).sum(0), -torch.inf)
+            kept = 1 / (tau + g)
+            gains = torch.where(free, (h.clamp_min(0) * kept).sum(0), -torch.inf)
             best = gains.max()
-            wrong = ROUNDING * (weights * (first_b + gains.clamp_min(0) * first_a)).sum(0)  # (T,)
-            wrong = torch.where(free & (2 * (gains + wrong) >= best), wrong, 0.0).amax()
+            wrong = ROUNDING * (kept * (first_h + gains.clamp_min(0) * first_g)).sum(0)
+            errors.append(torch.where(free & (2 * (gains + wrong) >= best), wrong, 0.0).amax() - DRIFT * best)
             at = (gains >= best - TIE * best).to(torch.int8).argmax()[None]
-            weight = weights.index_select(1, at).sqrt()  # (L, 1)
-            p, q = (weight * each.index_select(2, at)[..., 0] for each in (a, b))  # (L, T), x.u and x.(A F u)
-            ufu = weight * q.index_select(1, at) / 2  # (L, 1), ½ uᵀFu
-            zeta = q - ufu * p
-            a = a - p[..., None] * p[:, None]
-            b = b - p[..., None] * zeta[:, None] - zeta[..., None] * p[:, None]
+            chosen.append(at)
+            scores.append(gains.index_select(0, at))
+            weights.append(kept.index_select(1, at).sqrt())  # (L, 1), 1/√(τ + g)
+            p, zeta = steps.take(at, weights[-1])
+            g.addcmul_(p, p, value=-1)
+            h.addcmul_(p, zeta, value=-2)
             free = free.index_fill(0, at, value=False)
-            steps.append((at[0], gains.index_select(0, at)[0], weight[:, 0], ufu[:, 0], p, zeta, wrong))
-        if picks > 1:  # as many as rounding lets be told apart, but one
-            sure = torch.stack([each[6] <= DRIFT * each[1] for each in steps[1:]]).cumprod(0)
-            steps = steps[: 1 + int(sure.sum())]
-        picks = len(steps)
-        chosen, scores = torch.stack([each[0] for each in steps]), torch.stack([each[1] for each in steps])
-        # The same steps for directions: what earlier ones took from A x and B x.
-        u, z = ax.new_empty(*ax.shape[:2], picks), ax.new_empty(*ax.shape[:2], picks)
-        p, zeta = (torch.stack([each[i] for each in steps], 1)[..., chosen] for i in (4, 5))  # (L, R, R)
-        for step, (own, _, weight, ufu, *_rest) in enumerate(steps):
-            before = slice(0, step)
-            ps, zs = p[:, before, step, None], zeta[:, before, step, None]  # (L, step, 1)
-            left = (ax.index_select(2, own[None]) - u[..., before] @ ps)[..., 0]
-            u[..., step] = weight[:, None] * left
-            left = (bx.index_select(2, own[None]) - u[..., before] @ zs - z[..., before] @ ps)[..., 0]
-            z[..., step] = weight[:, None] * left - ufu[:, None] * u[..., step]
-        return _Guess(rows[chosen], scores, x[chosen], tau[:, chosen].rsqrt(), u, z, u[:0])
+        count = 1  # as many as rounding lets be told apart, but one in any case
+        if picks > 1:
+            count += int((torch.stack(errors[1:]) <= 0).cumprod(0).sum())
+        at = torch.cat(chosen[:count])
+        u, zeta = steps.u[..., :count], steps.zeta[..., :count]
+        return _Guess(rows[at], torch.cat(scores[:count]), x[at], tau[:, at].rsqrt(), u, zeta, u[:0])
 
     def _projected(self, guess: _Guess) -> Iterator[slice]:
         """Multiplies all rows with all directions; yields stretches of rows as they are done."""
@@ -196,25 +216,29 @@ class RankOne:
 
     def _accepted(self, guess: _Guess, free: Tensor) -> int:
         """How many of the picks stand: up to the first at whose step another row had as much, or more."""
-        picks, device = len(guess.rows), guess.rows.device
-        high, low = guess.scores * (1 + 2 * TIE), guess.scores * (1 - TIE)  # (R,)
-        steps = torch.arange(picks, device=device)
-        taken = torch.full((len(free),), picks, device=device)  # (n,) the step at which a row is chosen
+        picks = len(guess.rows)
+        low, high = guess.scores * (1 - TIE), guess.scores * (1 + 2 * TIE)  # (R,)
+        others = free.clone()
         here = guess.rows - self._pool.offset
-        mine = (here >= 0) & (here < len(free))
-        taken[here[mine]] = steps[mine]
-        beaten = torch.zeros(picks, dtype=torch.bool, device=device)
+        others[here[(here >= 0) & (here < len(free))]] = False
+        beaten = torch.zeros(picks, dtype=torch.bool, device=guess.rows.device)
         for some in self._projected(guess):
-            p, zeta = guess.products[..., some]  # (R, L, s)
-            p_before, pz_before = p.square(), 2 * p * zeta
-            g = self._g[:, some] - (p_before.cumsum(0) - p_before)
-            h = self._h[:, some] - (pz_before.cumsum(0) - pz_before)
-            gains = (h.clamp_min_(0) / (g + self.inverse_variance[:, some])).sum(1)  # (R, s)
-            lower = self._numbers[some] < guess.rows[:, None]
-            better = gains >= torch.where(lower, low[:, None], high[:, None])
-            beaten |= (better & free[some] & (steps[:, None] < taken[some])).any(1)
-        stands = self._pool.sum(beaten.double()).cumsum(0) == 0
-        return int(stands.sum())
+            g, h = self._g[:, some].clone(), self._h[:, some].clone()
+            tau = torch.where(others[some], self.inverse_variance[:, some], torch.inf)
+            best = []
+            for step in range(picks):
+                p, zeta = guess.products[:, step, :, some]
+                gains = h / (tau + g) if len(h) == 1 else (h.clamp_min(0) / (tau + g)).sum(0, keepdim=True)
+                best.append(gains)
+                g.addcmul_(p, p, value=-1)
+                h.addcmul_(p, zeta, value=-2)
+            gains = torch.cat(best)  # (R, s)
+            near = gains.amax(1) >= low
+            if bool(near.any()):  # a tie, which goes to the lower row, or more
+                lower = self._numbers[some] < guess.rows[:, None]
+                better = torch.where(lower, gains >= low[:, None], gains > high[:, None])
+                beaten |= (better & others[some]).any(1)
+        return int((self._pool.sum(beaten.double()).cumsum(0) == 0).sum())
 
     def _advance(self, guess: _Guess, count: int) -> None:
         """Makes the first picks count."""
@@ -234,7 +258,7 @@ class RankOne:
         """Chooses."""
         pool, made = self._pool, 0
         most = max(1, PRODUCTS // (2 * len(self._fisher) * max(1, pool.size)))
-        depth, team = min(DEPTH, most), LARGE_TEAM if pool.size >= LONG_PASS else TEAM
+        depth, team = min(DEPTH, most), max(LEAST_TEAM, min(MOST_TEAM, pool.size // TEAM_PART))
         taken: list[_Guess] = []
         while made < choice.steps:
             pool.progress(made, choice.steps)
@@ -248,7 +272,7 @@ class RankOne:
                 count = self._accepted(guess, choice.free)
                 depth = min(most, MOST_DEPTH, max(LEAST_DEPTH, 2 * depth if count == wanted else int(1.3 * count) + 2))
             if not count:  # one pick: limits may forbid the next, or a row beyond the team is as good as its best
-                row, score, *found = leader(choice, gains, *self._columns)
+                row, score, *found = leader(choice, gains, *self._state())
                 if choice.ends(score):
                     break
                 guess, count = self._guess(row[None], *(each[None] for each in found), picks=1), 1
@@ -257,6 +281,7 @@ class RankOne:
                 team *= 4 if wanted > 1 else 1
             self._advance(guess, count)
             taken.append(guess.head(count))
+            del guess
             for each in taken[-1].rows:
                 choice.take(each)
             made += count
@@ -266,10 +291,13 @@ class RankOne:
 
     def _guess_several(self, choice: Choice, gains: Tensor, team: int, picks: int) -> _Guess:
         """The next picks among the rows of highest gain."""
-        _, _, *found = self._pool.top(gains, team, choice.free, self._numbers, *self._columns)
+        _, _, *found = self._pool.top(gains, team, choice.free, self._numbers, *self._state())
         order = found[0].argsort()  # equal gains go to the lowest row
-        rows, embeddings, inverse_variance = (each[order] for each in found)
-        return self._guess(rows, embeddings, inverse_variance, picks=picks)
+        return self._guess(*(each[order] for each in found), picks=picks)
+
+    def _state(self) -> tuple[Tensor, ...]:
+        """What a guess needs of a row: its embedding, τ, g and h, (n, D) and (n, L)."""
+        return self._rows.embeddings, self.inverse_variance.T, self._g.T, self._h.T
 
     def _matrices(self, taken: list[_Guess]) -> tuple[Tensor, Tensor]:
         """Λ and Φ (L, m, m)."""
@@ -279,3 +307,17 @@ class RankOne:
         own = (u * (x.T * weights[:, None])).sum(1)  # (L, m)
         root.diagonal(dim1=-2, dim2=-1).copy_((own + (own.square() + 4).sqrt()) / 2)
         return root, u.mT @ self._fisher @ u
+
+
+def memory(n: int, dims: int, labels: int, steps: int) -> int:
+    """Bytes that the forward and the backward phase take at the most, for n rows, L labels and so many steps."""
+    depth = min(MOST_DEPTH, max(1, PRODUCTS // (2 * labels * max(1, n))))
+    team = min(n, max(LEAST_TEAM, min(MOST_TEAM, n // TEAM_PART)))
+    rows = n * (7 * labels + 8 + 2 * labels * depth) + 2 * team * (dims + labels * (dims + depth))
+    matrices = 10 * labels * dims * dims + steps * dims * (1 + 2 * labels) + 6 * labels * steps * steps
+    return 8 * (rows + matrices) + 2 * min(SPAN_BYTES, 8 * n * dims)
+
+
+def work(n: int, dims: int, labels: int, steps: int) -> float:
+    """Multiply-adds."""
+    return float(labels * n * dims * (3 * dims + 3 * steps))

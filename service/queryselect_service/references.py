@@ -1,0 +1,105 @@
+"""Sets of rows beside the pool: what a request gives, and what becomes of it for a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from queryselect_service.checks import Array, unify
+from queryselect_service.errors import InvalidInput
+from queryselect_service.strategy import Input, ReferenceRole, Strategy
+
+#: The one input that a set may lack: its rows then count 1 each.
+WEIGHTS = "weights"
+#: The inputs of a reference set and their dimensions, M rows of its own.
+REFERENCE_INPUTS = {
+    "embeddings": "M D",
+    "probabilities": "M C",
+    "logits": "M C",
+    "labels": "M",
+    "samples": "M K C",
+    "gradients": "M P",
+    "weights": "M",
+    "misclassified": "M",
+}
+
+
+@dataclass
+class Reference:
+    """One set: where it stands in the request, its role, and its inputs by field. size: M, once checked."""
+
+    path: str
+    role: ReferenceRole
+    inputs: dict[str, Array]
+    size: int = 0
+
+    def named(self) -> Iterator[tuple[str, Array]]:
+        """Its inputs, each with the name that a kernel would have for it."""
+        for field, array in self.inputs.items():
+            yield self.role.prefix + field, array
+
+
+def check_names(strategy: Strategy, references: Sequence[Reference]) -> None:
+    """Raises InvalidInput where a set lacks what the strategy reads of its role, or a set is missing."""
+    for wanted in strategy.inputs:
+        if wanted.role is None:
+            continue
+        sets = [each for each in references if each.role is wanted.role]
+        if not sets and wanted.required:
+            words = f"of role {wanted.role} with {wanted.field} of shape ({wanted.shape}); the request has none"
+            raise InvalidInput(f"{strategy.name} needs references {words}", field="references")
+        given = [next((field for field in wanted.fields if field in each.inputs), None) for each in sets]
+        for each, field in zip(sets, given, strict=True):
+            if "probabilities" in each.inputs and "logits" in each.inputs:
+                words = f"{each.path} needs exactly one of probabilities and logits; it has both"
+                raise InvalidInput(words, field=f"{each.path}.logits")
+            if field is None and wanted.field != WEIGHTS:
+                _refuse_missing(strategy, wanted, each)
+            if field not in (None, given[0]) and wanted.field != WEIGHTS:
+                words = f"{each.path} has {field} where {sets[0].path}, of the same role, has {given[0]}"
+                raise InvalidInput(words, field=f"{each.path}.{field}")
+
+
+def _refuse_missing(strategy: Strategy, wanted: Input, reference: Reference) -> None:
+    names = " or ".join(f"{reference.path}.{field}" for field in wanted.fields)
+    given = ", ".join(array.described for array in reference.inputs.values()) or "no inputs"
+    raise InvalidInput(
+        f"{strategy.name} needs {names} of shape ({wanted.shape}); the set has {given}",
+        field=f"{reference.path}.{wanted.field}",
+    )
+
+
+def check_shapes(references: Sequence[Reference], sizes: dict[str, tuple[int, str]]) -> None:
+    """Holds every shape against its letters, M being each set's own. sizes: as in checks.unify."""
+    for each in references:
+        for array in each.inputs.values():
+            unify(array, sizes)
+        each.size, _ = sizes.pop("M", (0, ""))
+
+
+def join(strategy: Strategy, references: Sequence[Reference]) -> dict[str, Tensor]:
+    """What the strategy reads of the sets, by its names, those of one role as one tensor. Every element is here."""
+    inputs = {}
+    for wanted in strategy.inputs:
+        sets = [each for each in references if each.role is wanted.role]
+        for name, field in zip(wanted.names, wanted.fields, strict=True):
+            given = any(field in each.inputs for each in sets)
+            if given or (sets and wanted.required and field == WEIGHTS):
+                inputs[name] = _cat(_part(each, field) for each in sets)
+    return inputs
+
+
+def _part(reference: Reference, field: str) -> Tensor:
+    """A set's own tensor, or weights of 1."""
+    data = reference.inputs[field].data if field in reference.inputs else torch.ones(reference.size)
+    assert data is not None  # joined when every element is here
+    return data
+
+
+def _cat(parts: Iterable[Tensor]) -> Tensor:
+    """The rows of all parts; those of a single one without a copy."""
+    first, *others = parts
+    return torch.cat([first, *others]) if others else first
