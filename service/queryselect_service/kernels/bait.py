@@ -93,6 +93,7 @@ def bait(
     weights: (n,), mass of a row in F. labeled_*: labelled rows that are not in the pool, M of them. Scores are the
     decreases when chosen, exact.
 
+    >>> import torch
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     >>> p = Predictions(torch.tensor([[0.4, 0.3, 0.3], [0.9, 0.1, 0.0], [0.4, 0.3, 0.3]]))
     >>> from queryselect_service.shards import Whole

@@ -292,16 +292,20 @@ class _Free(_Inverse):
 
     def measure(self, rows: Reader, g: Tensor, h: Tensor) -> None:
         """See _Inverse; before anything is taken."""
-        ridge, columns = self.design.ridge, h.shape[1]
-        h.zero_()
+        columns, sums = h.shape[1], None
         for some in self._everyone():
-            theirs, y = self.make(some.predictions[:]), some.x(slice(None))
+            partners, y = self.make(some.predictions[:]).partners(some.mass), some.x(slice(None))
             flops = len(y) * (2 * self.dims + min(self.classes**2, ENTRY * columns**2 + 4 * self.classes))
-            entries = 2 * len(y) * (1 + 3 * columns) + 4 * self.classes**2
+            entries = 2 * len(y) + min(2 * self.classes**2, 3 * columns * len(y))
             for span in self.pool.spans(len(rows), max(8 * entries, flops // FLOPS_PER_BYTE)):
                 x, factors = rows[span]
-                h[span] += factors.between((x @ y.T).square_(), some.mass, theirs)
-        h /= ridge**2
+                found = factors.pair((x @ y.T).square_(), partners)  # (m, w)
+                if sums is None:
+                    sums = found.new_zeros(len(rows), found.shape[1])
+                sums[span] += found
+        for span in self.pool.spans(len(rows), 8 * 4 * self.classes**2):
+            if sums is not None:
+                h[span] = rows[span][1].paired(sums[span]) / self.design.ridge**2
         self.measure_lengths(rows, g)
 
     def _everyone(self) -> Iterator[Rows]:

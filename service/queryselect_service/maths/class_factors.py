@@ -7,7 +7,7 @@ class. Tensors hold a block of m rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,37 +35,59 @@ class Factors(Protocol):
     def outer(self) -> Tensor:
         """L_x L_xᵀ: (m, C, C)."""
 
-    def between(self, rows: Tensor, mass: Tensor, other: Any) -> Tensor:
-        """Σ_y k_xy L_xᵀ L_y L_yᵀ L_x for k = rows (m, n): (m, c, c).
+    def partners(self, mass: Tensor) -> Tensor:
+        """These rows as what others are paired with, each with its mass (n,): what `pair` reads, n rows or n c columns.
 
-        mass: (n,), that of each y. other: the factors of y, of the same kind.
+        Three steps give Σ_y k_xy L_xᵀ L_y L_yᵀ L_x: `pair` sums over some y, its sums add up, `paired` ends it.
         """
+
+    def pair(self, k: Tensor, partners: Tensor) -> Tensor:
+        """What sums over y come to for k (m, n), the weight of every pair: (m, w)."""
+
+    def paired(self, sums: Tensor) -> Tensor:
+        """(m, c, c) of sums (m, w)."""
+
+
+def _by_classes(factors: Factors, mass: Tensor) -> Tensor:
+    """Factors.partners as L_y L_yᵀ for all pairs of classes: (n, C (C + 1) / 2)."""
+    outer = factors.outer()
+    at = torch.triu_indices(*outer.shape[1:], device=mass.device)
+    return outer[:, at[0], at[1]].mul_(mass[:, None])
+
+
+def _between(factors: Factors, sums: Tensor, classes: int) -> Tensor:
+    """Factors.paired for these."""
+    at = torch.triu_indices(classes, classes, device=sums.device)
+    found = sums.new_empty(len(sums), classes, classes)
+    found[:, at[0], at[1]] = sums
+    found[:, at[1], at[0]] = sums
+    return factors.transposed(factors.transposed(found).mT)
 
 
 @dataclass(frozen=True)
 class AllClasses:
-    """All classes. The factor has C - 1 columns: those of a class, of the rest against the next class, and so on.
+    """All classes. The factor has C - 1 columns: those of a class against the ones before it, for all but the first.
 
-        L_jj = √(p_j r_j / (p_j + r_j)),   L_ij = -p_i L_jj / r_j  for i > j,   r_j = Σ_{i > j} p_i
+        L_jj = √(p_j r_j / (p_j + r_j)),   L_ij = -p_i L_jj / r_j  for i < j,   r_j = Σ_{i < j} p_i
 
-    (Tanabe and Sagae 1992, the Cholesky factor of a multinomial covariance.) Unlike √p_j (e_j - p), whose columns are
-    linearly dependent, it loses no digits where the information is large.
+    (Tanabe and Sagae 1992, the Cholesky factor of a multinomial covariance, from its last row up.) Unlike
+    √p_j (e_j - p), whose columns are linearly dependent, it loses no digits where the information is large.
 
-    p: (m, C). over_rest: (m, C - 1), 1/r_j. diagonal: (m, C - 1), L_jj.
+    p: (m, C). over_before: (m, C - 1), 1/r_j. diagonal: (m, C - 1), L_jj.
     """
 
     p: Tensor
-    over_rest: Tensor
+    over_before: Tensor
     diagonal: Tensor
 
     @staticmethod
     def of(p: Tensor) -> AllClasses:
         """Those of probabilities (m, C), float64."""
-        rest = p.flip(1).cumsum(1).flip(1)[:, 1:]  # (m, C - 1), r_j as a sum, so that small ones keep their digits
-        head, both = p[:, :-1], p[:, :-1] + rest
-        share = torch.where(both > 0, rest / torch.where(both > 0, both, 1.0), 0.0)
-        over_rest = torch.where(rest > 0, 1 / torch.where(rest > 0, rest, 1.0), 0.0)
-        return AllClasses(p, over_rest, (head * share).sqrt())
+        before = p.cumsum(1)[:, :-1]  # (m, C - 1), r_j as a sum, so that small ones keep their digits
+        own, both = p[:, 1:], p[:, 1:] + before
+        share = torch.where(both > 0, before / torch.where(both > 0, both, 1.0), 0.0)
+        over_before = torch.where(before > 0, 1 / torch.where(before > 0, before, 1.0), 0.0)
+        return AllClasses(p, over_before, (own * share).sqrt())
 
     @property
     def columns(self) -> int:
@@ -73,19 +95,20 @@ class AllClasses:
         return self.diagonal.shape[1]
 
     def __getitem__(self, rows: slice) -> AllClasses:
-        return AllClasses(self.p[rows], self.over_rest[rows], self.diagonal[rows])
+        return AllClasses(self.p[rows], self.over_before[rows], self.diagonal[rows])
 
     def transposed(self, y: Tensor) -> Tensor:
         """See Factors."""
-        weighted = y[..., 1:] * self.p[:, None, 1:]
-        later = weighted.flip(-1).cumsum(-1).flip(-1)  # (m, r, C - 1), Σ_{i > j} p_i y_i
-        return (y[..., :-1] - later.mul_(self.over_rest[:, None])).mul_(self.diagonal[:, None])
+        found = (y[..., :-1] * self.p[:, None, :-1]).cumsum_(-1)  # (m, r, C - 1), Σ_{i < j} p_i y_i
+        return found.mul_(-self.over_before[:, None]).add_(y[..., 1:]).mul_(self.diagonal[:, None])
 
     def times(self, y: Tensor) -> Tensor:
         """See Factors."""
         own = y * self.diagonal[:, None]
-        found = torch.cat([own, torch.zeros_like(own[..., :1])], dim=-1)
-        found[..., 1:] -= (own * self.over_rest[:, None]).cumsum(-1).mul_(self.p[:, None, 1:])
+        found = torch.empty(*y.shape[:-1], y.shape[-1] + 1, dtype=y.dtype, device=y.device)
+        found[..., 0], found[..., 1:] = 0, own
+        later = own.mul_(self.over_before[:, None]).flip(-1).cumsum_(-1).flip(-1)  # (m, r, C - 1), from j on
+        found[..., :-1] -= later.mul_(self.p[:, None, :-1])
         return found
 
     def outer(self) -> Tensor:
@@ -96,20 +119,17 @@ class AllClasses:
         found.diagonal(dim1=1, dim2=2).copy_(-found.sum(2))
         return found
 
-    def between(self, rows: Tensor, mass: Tensor, other: AllClasses) -> Tensor:
+    def partners(self, mass: Tensor) -> Tensor:
         """See Factors."""
-        return _by_classes(self, rows, mass, other)
+        return _by_classes(self, mass)
 
+    def pair(self, k: Tensor, partners: Tensor) -> Tensor:
+        """See Factors."""
+        return k @ partners
 
-def _by_classes(factors: Factors, rows: Tensor, mass: Tensor, other: Factors) -> Tensor:
-    """See Factors.between: the sum over y of what stands for all pairs of classes, as one product."""
-    outer = other.outer()
-    classes = outer.shape[1]
-    at = torch.triu_indices(classes, classes, device=rows.device)
-    sums = rows @ outer[:, at[0], at[1]].mul_(mass[:, None])  # (m, C (C + 1) / 2)
-    found = rows.new_empty(len(rows), classes, classes)
-    found[:, at[0], at[1]] = found[:, at[1], at[0]] = sums
-    return factors.transposed(factors.transposed(found).mT)
+    def paired(self, sums: Tensor) -> Tensor:
+        """See Factors."""
+        return _between(self, sums, self.p.shape[1])
 
 
 @dataclass(frozen=True)
@@ -175,13 +195,27 @@ class TopClasses:
         written = self.written()
         return written.mT @ written
 
-    def between(self, rows: Tensor, mass: Tensor, other: TopClasses) -> Tensor:
-        """See Factors. Of many classes, the entries of L_xᵀL_y instead of all pairs of classes."""
-        if self.rest.shape[1] ** 2 <= ENTRY * self.columns**2:
-            return _by_classes(self, rows, mass, other)
-        columns = other.columns
-        theirs = other.written().flatten(0, 1).T.contiguous()  # (C, n c)
-        entries = theirs[self.top].mT  # (m, n c, c)
-        inner = self._less_mean(entries, self.rest @ theirs) * self.root[:, None]  # (m, n c, c), (L_xᵀL_y)ᵀ
-        weighted = inner * (rows * mass).repeat_interleave(columns, dim=1)[..., None]
-        return inner.mT @ weighted
+    @property
+    def _few(self) -> bool:
+        """Whether there are so many classes that the entries of L_xᵀL_y are fewer than pairs of classes."""
+        return self.rest.shape[1] ** 2 > ENTRY * self.columns**2
+
+    def partners(self, mass: Tensor) -> Tensor:
+        """See Factors."""
+        if not self._few:
+            return _by_classes(self, mass)
+        return (self.written() * mass.sqrt()[:, None, None]).flatten(0, 1).T.contiguous()  # (C, n c)
+
+    def pair(self, k: Tensor, partners: Tensor) -> Tensor:
+        """See Factors."""
+        if not self._few:
+            return k @ partners
+        inner = self._less_mean(partners[self.top].mT, self.rest @ partners)  # (m, n c, c)
+        inner *= self.root[:, None]  # (L_xᵀL_y)ᵀ
+        return (inner.mT @ (inner * k.repeat_interleave(self.columns, dim=1)[..., None])).flatten(1)
+
+    def paired(self, sums: Tensor) -> Tensor:
+        """See Factors."""
+        if not self._few:
+            return _between(self, sums, self.rest.shape[1])
+        return sums.view(-1, self.columns, self.columns)

@@ -32,6 +32,8 @@ FLOPS_PER_BYTE = 32
 LOST_DIGITS = 1e-4
 #: The most columns of picks whose matrices are kept for that.
 KEPT = 4096
+#: Rows that are read at once: as float64 they stay in the cache until they are used.
+AT_ONCE = 2048
 #: The side of a tile of a large product: one takes about 100 ms at the sides that fit a memory.
 TILE = 512
 
@@ -60,6 +62,15 @@ class Rows:
     def spans(self, flops: float, entries: int) -> Iterator[slice]:
         """Stretches of rows. flops, entries: the multiply-adds and float64 numbers that the work on one row takes."""
         return self.pool.spans(len(self), max(8 * entries, int(flops / FLOPS_PER_BYTE)))
+
+    def read(self, flops: float, entries: int) -> Iterator[tuple[slice, Tensor]]:
+        """Stretches of rows with their embeddings (m, D), in memory that the next stretch takes over; as spans."""
+        room = self.mass.new_empty(min(AT_ONCE, len(self)), self.embeddings.shape[1])
+        for span in self.spans(flops, entries):
+            for start in range(span.start, span.stop, AT_ONCE):
+                some = slice(start, min(start + AT_ONCE, span.stop))
+                x = room[: some.stop - some.start].copy_(self.embeddings[some])
+                yield some, x if self.scale == 1 else x.mul_(self.scale)
 
     def at(self, rows: Tensor, mass: float | None = None) -> Rows:
         """Some of the rows, with their own mass or all with the same."""

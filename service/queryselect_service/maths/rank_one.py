@@ -121,12 +121,13 @@ class RankOne:
         def information(rows: Rows) -> Tensor:
             """Σ mass σ² x xᵀ: (L, D, D)."""
             found = self._like.new_zeros(labels, dims, dims)
-            for span in rows.spans(2 * labels * dims * dims, 4 * dims):
-                x = rows.x(span)
+            for span, x in rows.read(2 * labels * dims * dims, 4 * dims):
                 masses = rows.mass[span, None] * variances(rows.predictions.at(span))  # (m, L)
                 for label in range(labels):
-                    found[label].addmm_((x * masses[:, label, None]).T, x)
-            return found
+                    weighted = x * masses[:, label, None]
+                    for some in _parts(dims):  # it is symmetric
+                        found[label, some, some.start :].addmm_(weighted[:, some].T, x[:, some.start :])
+            return found.triu() + found.triu(1).mT
 
         self._numbers = torch.arange(self._pool.offset, self._pool.offset + n, device=self._like.device)
         self._fisher = design.total(information)
@@ -153,13 +154,13 @@ class RankOne:
             middle = half.mT @ self._fisher @ half
             self._a, self._b, self._exact = half @ half.mT, half @ middle @ half.mT, (half, middle)
         labels, dims = self._fisher.shape[:2]
-        for span in self._rows.spans(4 * labels * dims * dims, 4 * dims):
-            x = self._rows.x(span)
+        upper = middle.triu() + middle.triu(1)  # yᵀ middle y = yᵀ upper y
+        for span, x in self._rows.read(4 * labels * dims * dims, 4 * dims):
             for label in range(labels):
                 # Lengths of products lose fewer digits than xᵀAx would, where A is large but not along x.
-                y = x / self._design.ridge**0.5 if half is None else x @ half[label]
+                y = x / self._design.ridge**0.5 if half is None else _times_upper(x, half[label])
                 self._g[label, span] = y.square().sum(1)
-                self._h[label, span] = (y @ middle[label]).mul_(y).sum(1)
+                self._h[label, span] = _times_upper(y, upper[label]).mul_(y).sum(1)
         self._first_g, self._first_h = self._g.clone(), self._h.clone()
 
     def _gains(self) -> Tensor:
@@ -207,12 +208,12 @@ class RankOne:
         labels, dims, picks = guess.u.shape
         directions = torch.stack([guess.u, guess.zeta]).permute(0, 3, 1, 2).reshape(-1, dims)  # (2 R L, D)
         guess.products = self._like.new_empty(2, picks, labels, len(self._rows))
-        for span in self._rows.spans(4 * picks * labels * dims, dims + 16 * picks * labels):
-            for start in range(span.start, span.stop, REPLAYED):
-                some = slice(start, min(start + REPLAYED, span.stop))
-                found = directions @ self._rows.x(some).T
-                guess.products[..., some] = found.view(2, picks, labels, -1)
-                yield some
+        flat, done = guess.products.view(len(directions), -1), 0
+        for some, x in self._rows.read(4 * picks * labels * dims, dims + 16 * picks * labels):
+            flat[:, some] = (x @ directions.T).T
+            if some.stop - done >= REPLAYED or some.stop == len(self._rows):
+                yield slice(done, some.stop)
+                done = some.stop
 
     def _accepted(self, guess: _Guess, free: Tensor) -> int:
         """How many of the picks stand: up to the first at whose step another row had as much, or more."""
@@ -307,6 +308,20 @@ class RankOne:
         own = (u * (x.T * weights[:, None])).sum(1)  # (L, m)
         root.diagonal(dim1=-2, dim2=-1).copy_((own + (own.square() + 4).sqrt()) / 2)
         return root, u.mT @ self._fisher @ u
+
+
+def _parts(size: int) -> list[slice]:
+    """Parts of a side of a triangle, so that products leave most of its empty half out."""
+    step = max(32, -(-size // 4))
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _times_upper(x: Tensor, upper: Tensor) -> Tensor:
+    """X (m, D) times an upper triangular matrix (D, D)."""
+    found = torch.empty_like(x)
+    for some in _parts(len(upper)):
+        torch.mm(x[:, : some.stop], upper[: some.stop, some], out=found[:, some])
+    return found
 
 
 def memory(n: int, dims: int, labels: int, steps: int) -> int:
