@@ -23,7 +23,8 @@ class BaitDiagonal(FisherDesign):
 
 def _memory(sizes: Sizes, spec: BaitDiagonal) -> int:
     """A few numbers per row, a few (C, D), the picks' rows, and spans of float64 rows."""
-    spans = 2 * min(SPAN_BYTES, 8 * sizes.N * (2 * sizes.D + 12 * sizes.C))
+    at_once = min(sizes.N, SPAN_BYTES // (8 * (2 * sizes.D + 12 * sizes.C)))
+    spans = 8 * at_once * (2 * sizes.D + 6 * sizes.C)
     return 8 * (6 * sizes.N + 8 * sizes.C * sizes.D + 2 * spec.oversampling * sizes.k * (sizes.D + sizes.C)) + spans
 
 

@@ -20,9 +20,18 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.maths.fisher import ROUNDING, TIE, Design, Forward, Rows, inverse_of_root, leader, root_of
+from queryselect_service.maths.fisher import (
+    AT_ONCE,
+    ROUNDING,
+    TIE,
+    Design,
+    Forward,
+    Rows,
+    inverse_of_root,
+    leader,
+    root_of,
+)
 from queryselect_service.maths.predictions import Predictions
-from queryselect_service.shards import SPAN_BYTES
 
 #: Rows that compete at first: a part of all, but at least and at most so many.
 TEAM_PART, LEAST_TEAM, MOST_TEAM = 32, 256, 4096
@@ -330,7 +339,7 @@ def memory(n: int, dims: int, labels: int, steps: int) -> int:
     team = min(n, max(LEAST_TEAM, min(MOST_TEAM, n // TEAM_PART)))
     rows = n * (7 * labels + 8 + 2 * labels * depth) + 2 * team * (dims + labels * (dims + depth))
     matrices = 10 * labels * dims * dims + steps * dims * (1 + 2 * labels) + 6 * labels * steps * steps
-    return 8 * (rows + matrices) + 2 * min(SPAN_BYTES, 8 * n * dims)
+    return 8 * (rows + matrices + 5 * min(n, AT_ONCE) * dims)
 
 
 def work(n: int, dims: int, labels: int, steps: int) -> float:
