@@ -34,7 +34,7 @@ def make(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", sorted(strategies.STRATEGIES))
 def test_the_picks_are_those_of_the_cpu(name, cold):
     strategy = strategies.STRATEGIES[name]
-    inputs = {each.name: make(each.name) for each in strategy.inputs}
+    inputs = {each.name: make(each.name) for each in strategy.inputs if each.required}
     context = torch.arange(0 if cold else 50)
     candidates = torch.ones(N, dtype=torch.bool)
     candidates[context] = False
