@@ -1,4 +1,4 @@
-"""A plug-in that takes its time, the two ways to a service, and that streams leave nothing behind."""
+"""A plug-in that takes its time, the two ways to a service, a server that records, and that streams leave nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from queryselect import Client, _upload
 from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import PLUGINS, ScoreKind, Selection, strategy
+from tests.client.fake import Fake
 from tests.client.streams import at_work, until
 
 
@@ -73,3 +74,17 @@ def nothing_is_left() -> Iterator[None]:
 def lists_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists of rows are no longer than other arrays where they travel in the start: a mask of N rows does not."""
     monkeypatch.setattr(_upload, "LIST_BYTES", _upload.SMALL_BYTES)
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    """A server that records what it is sent."""
+    with Fake() as fake:
+        yield fake
+
+
+@pytest.fixture
+def recorded(fake: Fake) -> Iterator[Client]:
+    """A client of `fake`."""
+    with Client(fake.target) as client:
+        yield client

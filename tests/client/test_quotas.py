@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,6 @@ from tests.client.fake import Fake
 
 N = 50
 TYPES = {tensor_pb2.DATA_TYPE_I64: "<i8", tensor_pb2.DATA_TYPE_I32: "<i4"}
-
-
-@pytest.fixture
-def fake() -> Iterator[Fake]:
-    with Fake() as fake:
-        yield fake
-
-
-@pytest.fixture
-def recorded(fake: Fake) -> Iterator[Client]:
-    """A client of `fake`."""
-    with Client(fake.target) as client:
-        yield client
 
 
 NAN = float("nan")

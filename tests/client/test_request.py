@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,19 +29,6 @@ N = 50
 RNG = np.random.default_rng(0)
 X, Z = RNG.normal(size=(N, 8)), RNG.normal(size=(N, 3)).astype("f4")
 KINDS = [each.name for each in strategy_pb2.Strategy.DESCRIPTOR.oneofs_by_name["kind"].fields]
-
-
-@pytest.fixture
-def fake() -> Iterator[Fake]:
-    with Fake() as fake:
-        yield fake
-
-
-@pytest.fixture
-def recorded(fake: Fake) -> Iterator[Client]:
-    """A client of `fake`."""
-    with Client(fake.target) as client:
-        yield client
 
 
 def sent(pool: selection_pb2.Pool) -> set[str]:

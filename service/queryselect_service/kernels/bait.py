@@ -104,10 +104,8 @@ def bait(
     problem = design_of(
         embeddings,
         probabilities,
-        weights=weights,
-        labeled_embeddings=labeled_embeddings,
-        labeled_predictions=labeled_probabilities,
-        labeled_weights=labeled_weights,
+        weights,
+        (labeled_embeddings, labeled_probabilities, labeled_weights),
         context=context,
         k=choice.k,
         spec=spec,

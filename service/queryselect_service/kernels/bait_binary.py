@@ -11,7 +11,7 @@ from torch import Tensor
 from queryselect_service.choice import Choice
 from queryselect_service.maths import rank_one
 from queryselect_service.maths.fisher import Rows, design_of, selection
-from queryselect_service.maths.predictions import Predictions
+from queryselect_service.maths.predictions import Predictions, split_mode
 from queryselect_service.maths.rank_one import RankOne
 from queryselect_service.shards import Shards
 from queryselect_service.spec import FisherDesign
@@ -69,10 +69,8 @@ def bait_binary(
     problem = design_of(
         embeddings,
         probabilities,
-        weights=weights,
-        labeled_embeddings=labeled_embeddings,
-        labeled_predictions=labeled_probabilities,
-        labeled_weights=labeled_weights,
+        weights,
+        (labeled_embeddings, labeled_probabilities, labeled_weights),
         context=context,
         k=choice.k,
         spec=spec,
@@ -85,10 +83,10 @@ def bait_binary(
 
 def _variance(predictions: Predictions) -> Tensor:
     """p̂ (1 - p̂), or its sum over labels, (m, 1)."""
-    variances = predictions.variances()
     if predictions.multilabel:
-        return variances.sum(1, keepdim=True)
-    return variances.gather(1, predictions[:].argmax(1, keepdim=True))
+        return predictions.variances().sum(1, keepdim=True)
+    mode, rest = split_mode(predictions[:])
+    return (mode * rest.sum(1))[:, None]
 
 
 def _notices(rows: Rows) -> tuple[Notice, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.maths.fisher import TIE, Design, Rows, design_of, leader, picked
+from queryselect_service.maths.fisher import Design, Rows, design_of, leader, least_of, picked
 from queryselect_service.maths.predictions import Predictions
 from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import FisherDesign
@@ -72,10 +72,8 @@ def bait_diagonal(
     problem = design_of(
         embeddings,
         probabilities,
-        weights=weights,
-        labeled_embeddings=labeled_embeddings,
-        labeled_predictions=labeled_probabilities,
-        labeled_weights=labeled_weights,
+        weights,
+        (labeled_embeddings, labeled_probabilities, labeled_weights),
         context=context,
         k=choice.k,
         spec=spec,
@@ -107,11 +105,7 @@ def bait_diagonal(
         pool.check()
         allowed = choice.droppable(numbers[left])
         losses = torch.stack([-_moved(inverse, f, *picks[at], -problem.scale)[1] for at in left])
-        losses = torch.where(losses.isfinite() & allowed, losses, torch.inf)
-        if not bool(losses.isfinite().any()):
-            losses = torch.where(allowed, 0.0, torch.inf)
-        tied = losses <= losses.min() + TIE * losses.min().abs()
-        at = left.pop(int(torch.where(tied, numbers[left], -1).argmax()))  # of equal ones the highest row
+        at = left.pop(int(least_of(losses, allowed, numbers[left])))
         inverse, _ = _moved(inverse, f, *picks[at], -problem.scale)
         choice.drop(numbers[at])
     found = torch.stack(scores)[left] if scores else gains[:0]

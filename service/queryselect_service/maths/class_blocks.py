@@ -7,8 +7,8 @@ tr[(I + G_x)⁻¹ H_x]. When s is taken, I + G_s = R Rᵀ, U = A V_s R⁻ᵀ and
 
 so that a step costs two products of the pool with DC x c matrices, where the papers recompute G_x and H_x.
 
-A and F are written out (`_Dense`); or, where that would be too large or take longer, A = I/λ - W Wᵀ with the directions
-taken so far, context rows' among them, and F is multiplied through the pool (`_Free`). Directions are stored as rows,
+A and F are written out (`Dense`); or, where that would be too large or take longer, A = I/λ - W Wᵀ with the directions
+taken so far, context rows' among them, and F is multiplied through the pool (`Free`). Directions are stored as rows,
 (r, C D), r of them.
 
 What is the same for all classes changes no prediction: no V has a part along it, while A = 1/λ there for ever. A is
@@ -17,27 +17,25 @@ therefore kept without that part, which would be nothing but rounding errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.errors import InvalidInput
-from queryselect_service.maths.class_factors import ENTRY, Factors
+from queryselect_service.maths.class_factors import ENTRY, written
+from queryselect_service.maths.class_inverse import READY, READY_FACTORS, Dense, Free, Inverse, Make, Reader
 from queryselect_service.maths.fisher import (
+    DRIFT,
     FLOPS_PER_BYTE,
     KEPT,
     ROUNDING,
     Design,
     Forward,
     Rows,
-    inverse_of_root,
+    everywhere,
     leader,
-    product,
-    root_of,
 )
 from queryselect_service.maths.noise import uniform
 from queryselect_service.shards import SPAN_BYTES
@@ -46,17 +44,8 @@ from queryselect_service.shards import SPAN_BYTES
 SMALL_SIDE, LARGE_SIDE = 1024, 8192
 #: Multiply-adds for all pairs of rows, from which on F averages over some rows only; and how many at least.
 PAIRS, LEAST_SAMPLE = 1e14, 10_000
-#: Rows that are paired with others at once.
-PAIRED = 2048
-#: Float64 entries up to which rows and their factors are kept ready, and how many of a row's factors' are per class.
-READY, READY_FACTORS = 1 << 23, 4
 #: Columns of context rows that are taken at once.
 CONTEXT_COLUMNS = 256
-#: The error of a gain, as a part of the best, from which on all is computed anew; and where that can't be, given up.
-DRIFT, LOST = 1e-10, 1e-8
-
-#: The factors of a block of rows, from their probabilities (m, C).
-Make = Callable[[Tensor], Factors]
 
 
 @dataclass(frozen=True)
@@ -83,256 +72,6 @@ def plan(n: int, dims: int, classes: int, columns: int, context: int, steps: int
     return Plan(written, n if written else sample)
 
 
-class Reader:
-    """Rows as x (m, D) and factors, ready made where all of them together are few."""
-
-    def __init__(self, rows: Rows, make: Make, index: Tensor | None = None) -> None:
-        """index: (m,) which of the rows, all by default."""
-        self.rows, self._make, self._index = rows, make, index
-        self._size = len(rows) if index is None else len(index)
-        entries = rows.embeddings.shape[1] + READY_FACTORS * rows.predictions.shape[1]
-        self._ready = None if self._size * entries > READY else self._made(slice(0, self._size))
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, span: slice) -> tuple[Tensor, Factors]:
-        if self._ready is None:
-            return self._made(span)
-        x, factors = self._ready
-        return x[span], factors[span]
-
-    def _made(self, span: slice) -> tuple[Tensor, Factors]:
-        at = span if self._index is None else self._index[span]
-        return self.rows.x(at), self._make(self.rows.predictions[at])
-
-
-class _Inverse:
-    """A = A_0 - W Wᵀ, and products with it and with F. W are the directions of all that was taken since A_0."""
-
-    def __init__(self, design: Design, make: Make, most: int) -> None:
-        """most: how many directions there may be."""
-        self.design, self.make, self.pool = design, make, design.pool
-        self.dims, self.classes = design.rows.embeddings.shape[1], design.rows.predictions.shape[1]
-        self._directions = design.rows.mass.new_empty(most, self.dims * self.classes)
-        self.taken, self._since = 0, 0  # how many directions there are, and which is the first since A_0
-
-    def add(self, u: Tensor, _: Tensor) -> None:
-        """A ← A - U Uᵀ, M ← M + V Vᵀ; u, v: (r, C D)."""
-        self._directions[self.taken : self.taken + len(u)] = u
-        self.taken += len(u)
-
-    def solve(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """A y for y (r, C D), (r, C D); and all directions times y, (t, r)."""
-        found, overlaps = self._solve_first(y), y.new_empty(self.taken, len(y))
-        for span in self.pool.spans(self.taken, y.shape[1] * max(8, 4 * len(y) // FLOPS_PER_BYTE)):
-            some = self._directions[span]
-            torch.mm(some, y.T, out=overlaps[span])
-            late = max(self._since, span.start)
-            if late < span.stop:
-                found.addmm_(overlaps[late : span.stop].T, self._directions[late : span.stop], alpha=-1)
-        return found, overlaps
-
-    def _solve_first(self, y: Tensor) -> Tensor:
-        """A_0 y for y (r, C D), in memory of its own."""
-        raise NotImplementedError
-
-    def _cold(self, y: Tensor) -> Tensor:
-        """y/λ, without what is the same for all classes."""
-        blocks = y.view(-1, self.classes, self.dims)
-        return ((blocks - blocks.mean(1, keepdim=True)) / self.design.ridge).view_as(y)
-
-    def fisher(self, u: Tensor) -> Tensor:
-        """F u for u (r, C D)."""
-        raise NotImplementedError
-
-    def measure(self, rows: Reader, g: Tensor, h: Tensor) -> None:
-        """Writes V_xᵀAV_x and V_xᵀAFAV_x of the rows into g and h (m, c, c), V_x without its scale."""
-        raise NotImplementedError
-
-    def measure_lengths(self, rows: Reader, g: Tensor) -> None:
-        """Writes V_xᵀV_x/λ of the rows into g (m, c, c)."""
-        columns = g.shape[1]
-        eye = torch.eye(self.classes, dtype=torch.float64, device=g.device)
-        for span in self.pool.spans(len(rows), 8 * (4 * columns * self.classes + self.dims)):
-            x, factors = rows[span]
-            squares = x.square().sum(1)
-            between = _between(factors, eye.expand(len(squares), -1, -1))
-            g[span] = between * (squares / self.design.ridge)[:, None, None]
-
-    def refresh(self) -> None:
-        """Computes A_0 anew from M. Raises InvalidInput where there is nothing more exact than A."""
-        raise NotImplementedError
-
-
-class _Dense(_Inverse):
-    """A_0, F and M_0 written out, (C D, C D)."""
-
-    def __init__(self, design: Design, make: Make, most: int) -> None:
-        super().__init__(design, make, most)
-        self._fisher = design.total(self._information)
-        # V of all that was taken; M = λI + context + V Vᵀ is written out where A_0 is computed anew.
-        self._columns = torch.empty_like(self._directions)
-        self._a = self._fisher.new_empty(0)  # (C D, C D); empty: I/λ
-        if design.labeled:
-            self.refresh()
-
-    def _information(self, rows: Rows) -> Tensor:
-        """Σ mass (L Lᵀ) ⊗ x xᵀ: (C D, C D), by pairs of classes."""
-        dims, classes = self.dims, self.classes
-        found = rows.mass.new_zeros(classes, dims, classes, dims)
-        for span in rows.spans(2 * dims * dims * classes, 2 * classes * (dims + classes)):
-            x, outer = rows.x(span), self.make(rows.predictions[span]).outer()
-            outer *= rows.mass[span, None, None]
-            for k in range(classes):
-                self.pool.check()
-                some = (outer[:, k, k:, None] * x[:, None]).flatten(1)  # (m, (C - k) D)
-                found[k, :, k:] += (x.T @ some).view(dims, classes - k, dims)
-        for k in range(classes):
-            found[k + 1 :, :, k] = found[k, :, k + 1 :].permute(1, 0, 2)  # blocks are symmetric, and so is all
-        return found.view(classes * dims, -1)
-
-    def refresh(self) -> None:
-        """See _Inverse."""
-        matrix = self.design.ridge * torch.eye(len(self._fisher), dtype=torch.float64, device=self._fisher.device)
-        if self.design.labeled:
-            matrix += self.design.context_total(self._information)
-        some = self._columns[: self.taken]
-        matrix += product(some.T[None], some[None], self.pool)[0]
-        # Along what is the same for all classes anything may stand here, as it is left out below.
-        same = torch.eye(self.dims, dtype=torch.float64, device=matrix.device) * matrix.diagonal().mean() / self.classes
-        blocks = matrix.view(self.classes, self.dims, self.classes, self.dims)
-        blocks += same[None, :, None]
-        half = inverse_of_root(root_of(matrix[None], self.pool), self.pool)
-        del matrix, blocks
-        half = half.view(-1, self.classes, self.dims)
-        half = (half - half.mean(1, keepdim=True)).view(1, len(self._fisher), -1)
-        self._a, self._since = product(half.mT, half, self.pool)[0], self.taken
-
-    def _solve_first(self, y: Tensor) -> Tensor:
-        """See _Inverse."""
-        return self._times(y, self._a) if len(self._a) else self._cold(y)
-
-    def fisher(self, u: Tensor) -> Tensor:
-        """See _Inverse."""
-        return self._times(u, self._fisher)
-
-    def _times(self, y: Tensor, matrix: Tensor) -> Tensor:
-        found = torch.empty_like(y)
-        for span in self.pool.spans(len(matrix), len(matrix) * max(8, 2 * len(y) // FLOPS_PER_BYTE)):
-            found[:, span] = y @ matrix[span].T  # both matrices are symmetric, and rows lie together
-        return found
-
-    def add(self, u: Tensor, v: Tensor) -> None:
-        """See _Inverse."""
-        self._columns[self.taken : self.taken + len(v)] = v
-        super().add(u, v)
-
-    def measure(self, rows: Reader, g: Tensor, h: Tensor) -> None:
-        """See _Inverse; where A is A_0."""
-        if not len(self._a):
-            return self._measure_cold(rows, g, h)
-        both = product(product(self._a[None], self._fisher[None], self.pool), self._a[None], self.pool)[0]
-        side = self.dims * self.classes
-        for span in self.pool.spans(len(rows), max(32 * side, 2 * self.dims * side // FLOPS_PER_BYTE)):
-            x, factors = rows[span]
-            for matrix, out in ((self._a, g), (both, h)):
-                out[span] = _between(factors, self._quadratic(x, matrix))
-        return None
-
-    def _measure_cold(self, rows: Reader, g: Tensor, h: Tensor) -> None:
-        """As measure, where A is I/λ."""
-        ridge, side = self.design.ridge, self.dims * self.classes
-        self.measure_lengths(rows, g)
-        for span in self.pool.spans(len(rows), max(32 * side, 2 * self.dims * side // FLOPS_PER_BYTE)):
-            x, factors = rows[span]
-            h[span] = _between(factors, self._quadratic(x, self._fisher)).div_(ridge**2)
-
-    def _quadratic(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """xᵀ K_jk x for every pair of classes and rows x (m, D): (m, C, C)."""
-        dims, classes = self.dims, self.classes
-        found = x.new_empty(len(x), classes, classes)
-        blocks = matrix.view(classes, dims, classes, dims)
-        for k in range(classes):
-            self.pool.check()
-            right = x @ blocks[k, :, k:].flatten(1)  # (m, (C - k) D)
-            found[:, k, k:] = (right.view(len(x), classes - k, dims) @ x[..., None])[..., 0]
-            found[:, k:, k] = found[:, k, k:].clone()
-        return found
-
-
-class _Free(_Inverse):
-    """A = I/λ - W Wᵀ, and F through the rows that it averages over."""
-
-    def __init__(self, design: Design, make: Make, most: int, sample: Reader) -> None:
-        """sample: those of these rows that are here."""
-        super().__init__(design, make, most)
-        self._sample = sample
-
-    def _solve_first(self, y: Tensor) -> Tensor:
-        """See _Inverse."""
-        return self._cold(y)
-
-    def fisher(self, u: Tensor) -> Tensor:
-        """See _Inverse."""
-        directions, flat = u.view(-1, self.dims), (len(u), self.classes)  # (r C, D)
-
-        def part(some: Reader) -> Tensor:
-            found = torch.zeros_like(directions)
-            for span in some.rows.spans(4 * u.numel(), 4 * len(directions)):
-                x, factors = some[span]
-                inner = factors.transposed((x @ directions.T).view(-1, *flat))  # (m, r, c)
-                outer = factors.times(inner).mul_(some.rows.mass[span, None, None])  # (m, r, C)
-                found.addmm_(outer.flatten(1).T, x)
-            return found
-
-        beside = self.design.beside
-        found = self.pool.sum(part(self._sample))
-        return (found if beside is None else found + part(Reader(beside, self.make))).view_as(u)
-
-    def measure(self, rows: Reader, g: Tensor, h: Tensor) -> None:
-        """See _Inverse; before anything is taken."""
-        columns, sums = h.shape[1], None
-        for some in self._everyone():
-            partners, y = self.make(some.predictions[:]).partners(some.mass), some.x(slice(None))
-            flops = len(y) * (2 * self.dims + min(self.classes**2, ENTRY * columns**2 + 4 * self.classes))
-            entries = 2 * len(y) + min(2 * self.classes**2, 3 * columns * len(y))
-            for span in self.pool.spans(len(rows), max(8 * entries, flops // FLOPS_PER_BYTE)):
-                x, factors = rows[span]
-                found = factors.pair((x @ y.T).square_(), partners)  # (m, w)
-                if sums is None:
-                    sums = found.new_zeros(len(rows), found.shape[1])
-                sums[span] += found
-        for span in self.pool.spans(len(rows), 8 * 4 * self.classes**2):
-            if sums is not None:
-                h[span] = rows[span][1].paired(sums[span]) / self.design.ridge**2
-        self.measure_lengths(rows, g)
-
-    def _everyone(self) -> Iterator[Rows]:
-        """The rows that F averages over, of all slices, some at a time."""
-        sample, beside = self._sample.rows, self.design.beside
-        found = self.pool.blocks(sample.embeddings, sample.predictions.values, sample.mass)
-        if beside is not None:
-            found = chain(found, [(beside.embeddings, beside.predictions.values, beside.mass)])
-        for x, values, mass in found:
-            for start in range(0, len(x), PAIRED):
-                at = slice(start, start + PAIRED)
-                yield Rows(x[at], sample.predictions.of(values[at]), mass[at], sample.scale, self.pool)
-
-    def refresh(self) -> None:
-        """See _Inverse."""
-        raise InvalidInput(
-            f"ridge is too small for float64 beside {self.dims} dimensions times {self.classes} classes of such "
-            "embeddings; raise it, or set top_classes",
-            field="ridge",
-        )
-
-
-def _between(factors: Factors, middle: Tensor) -> Tensor:
-    """Lᵀ K L for symmetric K (m, C, C): (m, c, c)."""
-    return factors.transposed(factors.transposed(middle).mT)
-
-
 class ClassBlocks:
     """The forward phase."""
 
@@ -345,10 +84,10 @@ class ClassBlocks:
         sample = _sample(design, how.sample)
         everything = sample is design.rows and len(self._index) == len(sample)
         self._rows = Reader(design.rows, make, None if everything else self._index)  # those that may be chosen
-        self._inverse: _Inverse = (
-            _Dense(design, make, most)
+        self._inverse: Inverse = (
+            Dense(design, make, most)
             if how.dense
-            else _Free(design, make, most, self._rows if everything else Reader(sample, make))
+            else Free(design, make, most, self._rows if everything else Reader(sample, make))
         )
         self._g = design.rows.mass.new_empty(len(self._index), columns, columns)
         self._h = torch.empty_like(self._g)
@@ -372,23 +111,14 @@ class ClassBlocks:
 
     def _context(self) -> Iterator[Tensor]:
         """V (r, C D) of the context rows, of all slices, some at a time."""
-        here, beside = self._design.context, self._design.context_beside
-        found = self._pool.blocks(here.embeddings, here.predictions.values, here.mass)
-        if beside is not None:
-            found = chain(found, [(beside.embeddings, beside.predictions.values, beside.mass)])
         step = max(1, CONTEXT_COLUMNS // self._columns)
-        for x, values, mass in found:
-            for start in range(0, len(x), step):
-                at = slice(start, start + step)
-                p = here.predictions.of(values[at])[:]
-                yield self._columns_of(x[at].double() * here.scale, p) * mass[at].sqrt().repeat_interleave(
-                    self._columns
-                ).unsqueeze(1)
+        for some in everywhere(self._design.context, self._design.context_beside, step):
+            v = self._columns_of(some.x(slice(None)), some.predictions[:])
+            yield v * some.mass.sqrt().repeat_interleave(self._columns)[:, None]
 
     def _columns_of(self, x: Tensor, p: Tensor) -> Tensor:
         """V_x of rows x (m, D) with probabilities p (m, C): (m c, C D)."""
-        eye = torch.eye(self._columns, dtype=torch.float64, device=x.device)
-        factor = self._make(p).times(eye.expand(len(x), -1, -1))  # (m, c, C), a column of L_x per row
+        factor = written(self._make(p), len(x), x)  # (m, c, C), a column of L_x per row
         return (factor[..., None] * x[:, None, None]).flatten(0, 1).flatten(1)
 
     def _gains(self) -> tuple[Tensor, Tensor]:
@@ -452,7 +182,7 @@ class ClassBlocks:
             pool.progress(step, choice.steps)
             gains, errors = self._gains()
             drift = self._drift(gains, errors, choice.free)
-            if drift > DRIFT and (isinstance(self._inverse, _Dense) or drift > LOST):
+            if drift > self._inverse.bearable:
                 self._inverse.refresh()
                 self._measure()
                 self._keep_diagonals()
@@ -486,15 +216,10 @@ def _touched(entries: int, count: int, classes: int, columns: int) -> int:
 
 def _unpacked(packed: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
     """Λ and Φ (1, m c, m c). diagonal: (m, c, c), Φ's own blocks."""
-    root = packed.tril()
-    packed = packed.triu_()
+    root, packed = packed.tril(), packed.contiguous().triu_()
     count, columns = diagonal.shape[:2]
-    blocks = packed.view(count, columns, count, columns) if packed.is_contiguous() else None
-    if blocks is None:
-        packed = packed.contiguous()
-        blocks = packed.view(count, columns, count, columns)
     at = torch.arange(count, device=packed.device)
-    blocks[at, :, at] = 0
+    packed.view(count, columns, count, columns)[at, :, at] = 0
     fisher = packed + packed.mT
     fisher.view(count, columns, count, columns)[at, :, at] = diagonal
     return root, fisher

@@ -55,13 +55,24 @@ def _by_classes(factors: Factors, mass: Tensor) -> Tensor:
     return outer[:, at[0], at[1]].mul_(mass[:, None])
 
 
-def _between(factors: Factors, sums: Tensor, classes: int) -> Tensor:
+def between(factors: Factors, middle: Tensor) -> Tensor:
+    """Lᵀ K L for symmetric K (m, C, C): (m, c, c)."""
+    return factors.transposed(factors.transposed(middle).mT)
+
+
+def written(factors: Factors, rows: int, like: Tensor) -> Tensor:
+    """Lᵀ for so many rows, (m, c, C). like: a tensor of the same type and place."""
+    eye = torch.eye(factors.columns, dtype=like.dtype, device=like.device)
+    return factors.times(eye.expand(rows, -1, -1))
+
+
+def _paired(factors: Factors, sums: Tensor, classes: int) -> Tensor:
     """Factors.paired for these."""
     at = torch.triu_indices(classes, classes, device=sums.device)
     found = sums.new_empty(len(sums), classes, classes)
     found[:, at[0], at[1]] = sums
     found[:, at[1], at[0]] = sums
-    return factors.transposed(factors.transposed(found).mT)
+    return between(factors, found)
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class AllClasses:
 
     @property
     def columns(self) -> int:
-        """C = C - 1."""
+        """How many there are, C - 1."""
         return self.diagonal.shape[1]
 
     def __getitem__(self, rows: slice) -> AllClasses:
@@ -129,7 +140,7 @@ class AllClasses:
 
     def paired(self, sums: Tensor) -> Tensor:
         """See Factors."""
-        return _between(self, sums, self.p.shape[1])
+        return _paired(self, sums, self.p.shape[1])
 
 
 @dataclass(frozen=True)
@@ -185,15 +196,10 @@ class TopClasses:
         mode = self.rest.sum(1)[:, None] * own[..., 0] - self.mode[:, None] * own[..., 1:].sum(2)
         return found.scatter_(2, self.top[:, None, :1].expand(-1, y.shape[1], -1), mode[..., None])
 
-    def written(self) -> Tensor:
-        """L_xᵀ: (m, c, C)."""
-        eye = torch.eye(self.columns, dtype=self.root.dtype, device=self.root.device)
-        return self.times(eye.expand(len(self.root), -1, -1))
-
     def outer(self) -> Tensor:
         """See Factors."""
-        written = self.written()
-        return written.mT @ written
+        rows = written(self, len(self.root), self.root)
+        return rows.mT @ rows
 
     @property
     def _few(self) -> bool:
@@ -204,7 +210,7 @@ class TopClasses:
         """See Factors."""
         if not self._few:
             return _by_classes(self, mass)
-        return (self.written() * mass.sqrt()[:, None, None]).flatten(0, 1).T.contiguous()  # (C, n c)
+        return (written(self, len(mass), mass) * mass.sqrt()[:, None, None]).flatten(0, 1).T.contiguous()  # (C, n c)
 
     def pair(self, k: Tensor, partners: Tensor) -> Tensor:
         """See Factors."""
@@ -217,5 +223,5 @@ class TopClasses:
     def paired(self, sums: Tensor) -> Tensor:
         """See Factors."""
         if not self._few:
-            return _between(self, sums, self.rest.shape[1])
+            return _paired(self, sums, self.rest.shape[1])
         return sums.view(-1, self.columns, self.columns)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from queryselect_service.spec import FisherDesign, FisherScale, RidgeScale
 TIE = 1e-10
 #: Rounding errors that a sum of products has, in units of what is summed.
 ROUNDING = 16 * torch.finfo(torch.float64).eps
+#: The error of a gain, as a part of the best, from which on everything is computed anew.
+DRIFT = 1e-10
 #: The least ridge as a part of the mean squared length per dimension: below, float64 does not tell it from 0.
 LEAST_RIDGE = 1e-13
 #: Multiply-adds that take as long as touching one byte, on two cores as on a GPU: spans are measured in bytes.
@@ -114,6 +117,16 @@ class Design:
         return _total(self.pool, self.context, self.context_beside, part)
 
 
+def everywhere(here: Rows, beside: Rows | None, step: int) -> Iterator[Rows]:
+    """The rows of all slices, then those beside them, at most `step` at a time."""
+    blocks = here.pool.blocks(here.embeddings, here.predictions.values, here.mass)
+    others = [] if beside is None else [(beside.embeddings, beside.predictions.values, beside.mass)]
+    for x, values, mass in chain(blocks, others):
+        for start in range(0, len(x), step):
+            at = slice(start, start + step)
+            yield Rows(x[at], here.predictions.of(values[at]), mass[at], here.scale, here.pool)
+
+
 def _total(pool: Shards, here: Rows, beside: Rows | None, part: Part) -> Tensor:
     found = pool.sum(part(here))
     return found if beside is None else found + part(beside)
@@ -122,11 +135,9 @@ def _total(pool: Shards, here: Rows, beside: Rows | None, part: Part) -> Tensor:
 def design_of(
     embeddings: Tensor,
     predictions: Predictions,
-    *,
     weights: Tensor | None,
-    labeled_embeddings: Tensor | None,
-    labeled_predictions: Predictions | None,
-    labeled_weights: Tensor | None,
+    labeled: tuple[Tensor | None, Predictions | None, Tensor | None],
+    *,
     context: Tensor,
     k: int,
     spec: FisherDesign,
@@ -134,34 +145,32 @@ def design_of(
 ) -> Design:
     """The design of a selection of k rows.
 
-    embeddings: (n, D). weights: (n,), masses in F, 1 by default. labeled_*: of labelled rows that are not in the pool.
-    context: (l,) rows here that count as labelled. Raises InvalidInput for an absolute ridge that float64 can't hold
-    beside such embeddings.
+    embeddings: (n, D). weights: (n,), masses in F, 1 by default. labeled: the same three of labelled rows that are not
+    in the pool. context: (l,) rows here that count as labelled. Raises InvalidInput for an absolute ridge that float64
+    can't hold beside such embeddings.
     """
     scale = power_of_two(embeddings, pool, torch.float64)
     here = Rows(embeddings, predictions, _masses(weights, embeddings), scale, pool)
-    beside = None
-    if labeled_embeddings is not None and labeled_predictions is not None:
-        masses = _masses(labeled_weights, labeled_embeddings)
-        beside = Rows(labeled_embeddings, labeled_predictions, masses, scale, pool)
+    beside, (their_embeddings, their_predictions, their_weights) = None, labeled
+    if their_embeddings is not None and their_predictions is not None:
+        masses = _masses(their_weights, their_embeddings)
+        beside = Rows(their_embeddings, their_predictions, masses, scale, pool)
     sums = _total(pool, here, beside, _mass_and_squares)
     mass, squares = sums[0], float(sums[1] / sums[0])
     here.mass.div_(mass)
     if beside is not None:
         beside.mass.div_(mass)
-    labeled = int(pool.sum(torch.tensor(len(context), device=embeddings.device))) + (
-        0 if beside is None else len(beside)
-    )
-    share = k / (labeled + k)
-    each = 1 / (labeled + k) if spec.fisher_scale is FisherScale.MEAN else labeled / (labeled + k)
+    count = int(pool.sum(torch.tensor(len(context), device=embeddings.device)))
+    count += 0 if beside is None else len(beside)
+    each = (1 if spec.fisher_scale is FisherScale.MEAN else count) / (count + k)
     return Design(
         here,
         beside,
         here.at(context, each),
         None if beside is None else beside.at(torch.arange(len(beside), device=embeddings.device), each),
-        labeled,
+        count,
         _ridge(spec, scale, squares / embeddings.shape[1]),
-        share,
+        k / (count + k),
     )
 
 
@@ -205,6 +214,18 @@ def leader(choice: Choice, gains: Tensor, *rows: Tensor, errors: Tensor | None =
     first = torch.where(upper >= best - TIE * best.abs(), 0.0, -torch.inf)
     row, _, gain, *found = choice.best(first, gains, *rows)
     return (row, torch.where(best == -torch.inf, best, gain), *found)
+
+
+def least_of(losses: Tensor, allowed: Tensor, rows: Tensor) -> Tensor:
+    """The position () of the least of the losses (m,) that are allowed, of equal ones that of the highest of rows (m,).
+
+    A loss that is not finite, of a block that is singular to float64, counts as the largest.
+    """
+    losses = torch.where(losses.isfinite() & allowed, losses, torch.inf)
+    if not bool(losses.isfinite().any()):
+        losses = torch.where(allowed, 0.0, torch.inf)
+    least = losses.min()
+    return torch.where(losses <= least + TIE * least.abs(), rows, -1).argmax()
 
 
 @dataclass
@@ -282,12 +303,7 @@ class _Backward:
         own, theirs = self._diagonal(self._q), self._diagonal(self._j)
         solved, _ = torch.linalg.solve_ex(own, theirs)
         losses = solved.diagonal(dim1=-2, dim2=-1).sum((0, -1))  # (r,)
-        losses = torch.where(losses.isfinite() & allowed[self._left], losses, torch.inf)
-        if not bool(losses.isfinite().any()):  # a block that is singular to float64: it goes last
-            losses = torch.where(allowed[self._left], 0.0, torch.inf)
-        least = losses.min()
-        tied = losses <= least + TIE * least.abs()
-        return self._left[torch.where(tied, rows[self._left], -1).argmax()]
+        return self._left[least_of(losses, allowed[self._left], rows[self._left])]
 
     def drop(self, position: Tensor, left: Tensor) -> None:
         """Takes the pick at a position () out of Q and J; left: (m,) which ones stay.
@@ -312,7 +328,7 @@ class _Backward:
 
 
 def product(a: Tensor, b: Tensor, pool: Shards) -> Tensor:
-    """A @ b for (L, m, n) and (L, n, p), a tile at a time."""
+    """The product of a (L, m, n) and b (L, n, p), a tile at a time."""
     out = a.new_empty(len(a), a.shape[1], b.shape[2])
     for rows in range(0, a.shape[1], TILE):
         for columns in range(0, b.shape[2], TILE):

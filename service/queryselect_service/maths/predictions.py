@@ -53,7 +53,7 @@ class Predictions:
         return Predictions(values, logits=self._logits, multilabel=self.multilabel)
 
     def variances(self, rows: slice | Tensor = slice(None)) -> Tensor:
-        """Q (1 - q) of every label (r, L) or class (r, C), with all digits however saturated q is."""
+        """The variance q (1 - q) of every label (r, L) or class (r, C), with all digits however saturated q is."""
         found = distributions(self.values[rows], logits=self._logits, multilabel=self.multilabel)
         if self.multilabel:
             return found.prod(-1)

@@ -22,6 +22,7 @@ from torch import Tensor
 from queryselect_service.choice import Choice
 from queryselect_service.maths.fisher import (
     AT_ONCE,
+    DRIFT,
     ROUNDING,
     TIE,
     Design,
@@ -41,8 +42,6 @@ DEPTH, LEAST_DEPTH, MOST_DEPTH = 16, 4, 64
 PRODUCTS = 1 << 25
 #: Rows whose steps are replayed at once: what they need stays in a core's cache.
 REPLAYED = 8192
-#: The error of a gain, as a part of the best, from which on everything is computed anew.
-DRIFT = 1e-10
 
 #: What the picks' matrices are made of, and along which dimension picks lie there.
 PARTS = (("x", 0), ("weights", 1), ("u", 2))
@@ -148,7 +147,7 @@ class RankOne:
         self._g, self._h = self._like.new_empty(labels, n), self._like.new_empty(labels, n)
         self._fresh = not design.labeled  # whether M is λI still
         self._refresh()
-        self.first = self._gains().clone()  # (n,)
+        self.first = self._gains()  # (n,)
 
     def _refresh(self) -> None:
         """Computes A, B, g and h anew from M."""

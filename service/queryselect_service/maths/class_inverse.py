@@ -1,0 +1,267 @@
+"""M's inverse A and F over the weights of a softmax layer, written out or as products only (see class_blocks.py)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from queryselect_service.errors import InvalidInput
+from queryselect_service.maths.class_factors import ENTRY, Factors, between
+from queryselect_service.maths.fisher import (
+    DRIFT,
+    FLOPS_PER_BYTE,
+    Design,
+    Rows,
+    everywhere,
+    inverse_of_root,
+    product,
+    root_of,
+)
+
+#: Rows that are paired with others at once.
+PAIRED = 2048
+#: Float64 entries up to which rows and their factors are kept ready, and how many of a row's factors' are per class.
+READY, READY_FACTORS = 1 << 23, 4
+#: The error of a gain, as a part of the best, from which on there is no answer, where nothing can be computed anew.
+LOST = 1e-8
+
+#: The factors of a block of rows, from their probabilities (m, C).
+Make = Callable[[Tensor], Factors]
+
+
+class Reader:
+    """Rows as x (m, D) and factors, ready made where all of them together are few."""
+
+    def __init__(self, rows: Rows, make: Make, index: Tensor | None = None) -> None:
+        """index: (m,) which of the rows, all by default."""
+        self.rows, self._make, self._index = rows, make, index
+        self._size = len(rows) if index is None else len(index)
+        entries = rows.embeddings.shape[1] + READY_FACTORS * rows.predictions.shape[1]
+        self._ready = None if self._size * entries > READY else self._made(slice(0, self._size))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, span: slice) -> tuple[Tensor, Factors]:
+        if self._ready is None:
+            return self._made(span)
+        x, factors = self._ready
+        return x[span], factors[span]
+
+    def _made(self, span: slice) -> tuple[Tensor, Factors]:
+        at = span if self._index is None else self._index[span]
+        return self.rows.x(at), self._make(self.rows.predictions[at])
+
+
+class Inverse(ABC):
+    """A = A_0 - W Wᵀ, and products with it and with F. W are the directions of all that was taken since A_0.
+
+    bearable: the error of a gain, as a part of the best, from which on `refresh` has to be called.
+    """
+
+    bearable = DRIFT
+
+    def __init__(self, design: Design, make: Make, most: int) -> None:
+        """most: how many directions there may be."""
+        self.design, self.make, self.pool = design, make, design.pool
+        self.dims, self.classes = design.rows.embeddings.shape[1], design.rows.predictions.shape[1]
+        self._directions = design.rows.mass.new_empty(most, self.dims * self.classes)
+        self.taken, self._since = 0, 0  # how many directions there are, and which is the first since A_0
+
+    def add(self, u: Tensor, _: Tensor) -> None:
+        """A ← A - U Uᵀ, M ← M + V Vᵀ; u, v: (r, C D)."""
+        self._directions[self.taken : self.taken + len(u)] = u
+        self.taken += len(u)
+
+    def solve(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A y for y (r, C D), (r, C D); and all directions times y, (t, r)."""
+        found, overlaps = self._solve_first(y), y.new_empty(self.taken, len(y))
+        for span in self.pool.spans(self.taken, y.shape[1] * max(8, 4 * len(y) // FLOPS_PER_BYTE)):
+            some = self._directions[span]
+            torch.mm(some, y.T, out=overlaps[span])
+            late = max(self._since, span.start)
+            if late < span.stop:
+                found.addmm_(overlaps[late : span.stop].T, self._directions[late : span.stop], alpha=-1)
+        return found, overlaps
+
+    @abstractmethod
+    def _solve_first(self, y: Tensor) -> Tensor:
+        """A_0 y for y (r, C D), in memory of its own."""
+
+    def _cold(self, y: Tensor) -> Tensor:
+        """y/λ, without what is the same for all classes."""
+        blocks = y.view(-1, self.classes, self.dims)
+        return ((blocks - blocks.mean(1, keepdim=True)) / self.design.ridge).view_as(y)
+
+    @abstractmethod
+    def fisher(self, u: Tensor) -> Tensor:
+        """F u for u (r, C D)."""
+
+    @abstractmethod
+    def measure(self, rows: Reader, g: Tensor, h: Tensor) -> None:
+        """Writes V_xᵀAV_x and V_xᵀAFAV_x of the rows into g and h (m, c, c), V_x without its scale."""
+
+    def measure_lengths(self, rows: Reader, g: Tensor) -> None:
+        """Writes V_xᵀV_x/λ of the rows into g (m, c, c)."""
+        columns = g.shape[1]
+        eye = torch.eye(self.classes, dtype=torch.float64, device=g.device)
+        for span in self.pool.spans(len(rows), 8 * (4 * columns * self.classes + self.dims)):
+            x, factors = rows[span]
+            squares = x.square().sum(1)
+            g[span] = between(factors, eye.expand(len(x), -1, -1)) * (squares / self.design.ridge)[:, None, None]
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Computes A_0 anew from M. Raises InvalidInput where there is nothing more exact than A."""
+
+
+class Dense(Inverse):
+    """A_0, F and M_0 written out, (C D, C D)."""
+
+    def __init__(self, design: Design, make: Make, most: int) -> None:
+        super().__init__(design, make, most)
+        self._fisher = design.total(self._information)
+        # V of all that was taken; M = λI + context + V Vᵀ is written out where A_0 is computed anew.
+        self._columns = torch.empty_like(self._directions)
+        self._a = self._fisher.new_empty(0)  # (C D, C D); empty: I/λ
+        if design.labeled:
+            self.refresh()
+
+    def _information(self, rows: Rows) -> Tensor:
+        """Σ mass (L Lᵀ) ⊗ x xᵀ: (C D, C D), by pairs of classes."""
+        dims, classes = self.dims, self.classes
+        found = rows.mass.new_zeros(classes, dims, classes, dims)
+        for span in rows.spans(2 * dims * dims * classes, 2 * classes * (dims + classes)):
+            x, outer = rows.x(span), self.make(rows.predictions[span]).outer()
+            outer *= rows.mass[span, None, None]
+            for k in range(classes):
+                self.pool.check()
+                some = (outer[:, k, k:, None] * x[:, None]).flatten(1)  # (m, (C - k) D)
+                found[k, :, k:] += (x.T @ some).view(dims, classes - k, dims)
+        for k in range(classes):
+            found[k + 1 :, :, k] = found[k, :, k + 1 :].permute(1, 0, 2)  # blocks are symmetric, and so is all
+        return found.view(classes * dims, -1)
+
+    def refresh(self) -> None:
+        """See Inverse."""
+        matrix = self.design.ridge * torch.eye(len(self._fisher), dtype=torch.float64, device=self._fisher.device)
+        if self.design.labeled:
+            matrix += self.design.context_total(self._information)
+        some = self._columns[: self.taken]
+        matrix += product(some.T[None], some[None], self.pool)[0]
+        # Along what is the same for all classes anything may stand here, as it is left out below.
+        same = torch.eye(self.dims, dtype=torch.float64, device=matrix.device) * matrix.diagonal().mean() / self.classes
+        blocks = matrix.view(self.classes, self.dims, self.classes, self.dims)
+        blocks += same[None, :, None]
+        half = inverse_of_root(root_of(matrix[None], self.pool), self.pool)
+        del matrix, blocks
+        half = half.view(-1, self.classes, self.dims)
+        half = (half - half.mean(1, keepdim=True)).view(1, len(self._fisher), -1)
+        self._a, self._since = product(half.mT, half, self.pool)[0], self.taken
+
+    def _solve_first(self, y: Tensor) -> Tensor:
+        """See Inverse."""
+        return self._times(y, self._a) if len(self._a) else self._cold(y)
+
+    def fisher(self, u: Tensor) -> Tensor:
+        """See Inverse."""
+        return self._times(u, self._fisher)
+
+    def _times(self, y: Tensor, matrix: Tensor) -> Tensor:
+        found = torch.empty_like(y)
+        for span in self.pool.spans(len(matrix), len(matrix) * max(8, 2 * len(y) // FLOPS_PER_BYTE)):
+            found[:, span] = y @ matrix[span].T  # both matrices are symmetric, and rows lie together
+        return found
+
+    def add(self, u: Tensor, v: Tensor) -> None:
+        """See Inverse."""
+        self._columns[self.taken : self.taken + len(v)] = v
+        super().add(u, v)
+
+    def measure(self, rows: Reader, g: Tensor, h: Tensor) -> None:
+        """See Inverse; where A is A_0."""
+        matrices, side = [], self.dims * self.classes
+        if len(self._a):
+            both = product(product(self._a[None], self._fisher[None], self.pool), self._a[None], self.pool)[0]
+            matrices.append((self._a, g))
+        else:
+            both = self._fisher / self.design.ridge**2
+            self.measure_lengths(rows, g)
+        matrices.append((both, h))
+        for span in self.pool.spans(len(rows), max(32 * side, 2 * self.dims * side // FLOPS_PER_BYTE)):
+            x, factors = rows[span]
+            for matrix, out in matrices:
+                out[span] = between(factors, self._quadratic(x, matrix))
+
+    def _quadratic(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """xᵀ K_jk x for every pair of classes and rows x (m, D): (m, C, C)."""
+        dims, classes = self.dims, self.classes
+        found = x.new_empty(len(x), classes, classes)
+        blocks = matrix.view(classes, dims, classes, dims)
+        for k in range(classes):
+            self.pool.check()
+            right = x @ blocks[k, :, k:].flatten(1)  # (m, (C - k) D)
+            found[:, k, k:] = (right.view(len(x), classes - k, dims) @ x[..., None])[..., 0]
+            found[:, k:, k] = found[:, k, k:].clone()
+        return found
+
+
+class Free(Inverse):
+    """A = I/λ - W Wᵀ, and F through the rows that it averages over."""
+
+    bearable = LOST
+
+    def __init__(self, design: Design, make: Make, most: int, sample: Reader) -> None:
+        """sample: those of these rows that are here."""
+        super().__init__(design, make, most)
+        self._sample = sample
+
+    def _solve_first(self, y: Tensor) -> Tensor:
+        """See Inverse."""
+        return self._cold(y)
+
+    def fisher(self, u: Tensor) -> Tensor:
+        """See Inverse."""
+        directions, flat = u.view(-1, self.dims), (len(u), self.classes)  # (r C, D)
+
+        def part(some: Reader) -> Tensor:
+            found = torch.zeros_like(directions)
+            for span in some.rows.spans(4 * u.numel(), 4 * len(directions)):
+                x, factors = some[span]
+                inner = factors.transposed((x @ directions.T).view(-1, *flat))  # (m, r, c)
+                outer = factors.times(inner).mul_(some.rows.mass[span, None, None])  # (m, r, C)
+                found.addmm_(outer.flatten(1).T, x)
+            return found
+
+        beside = self.design.beside
+        found = self.pool.sum(part(self._sample))
+        return (found if beside is None else found + part(Reader(beside, self.make))).view_as(u)
+
+    def measure(self, rows: Reader, g: Tensor, h: Tensor) -> None:
+        """See Inverse; before anything is taken."""
+        columns, sums = h.shape[1], None
+        for some in everywhere(self._sample.rows, self.design.beside, PAIRED):
+            partners, y = self.make(some.predictions[:]).partners(some.mass), some.x(slice(None))
+            flops = len(y) * (2 * self.dims + min(self.classes**2, ENTRY * columns**2 + 4 * self.classes))
+            entries = 2 * len(y) + min(2 * self.classes**2, 3 * columns * len(y))
+            for span in self.pool.spans(len(rows), max(8 * entries, flops // FLOPS_PER_BYTE)):
+                x, factors = rows[span]
+                found = factors.pair((x @ y.T).square_(), partners)  # (m, w)
+                if sums is None:
+                    sums = found.new_zeros(len(rows), found.shape[1])
+                sums[span] += found
+        for span in self.pool.spans(len(rows), 8 * 4 * self.classes**2):
+            if sums is not None:
+                h[span] = rows[span][1].paired(sums[span]) / self.design.ridge**2
+        self.measure_lengths(rows, g)
+
+    def refresh(self) -> None:
+        """See Inverse."""
+        raise InvalidInput(
+            f"ridge is too small for float64 beside {self.dims} dimensions times {self.classes} classes of such "
+            "embeddings; raise it, or set top_classes",
+            field="ridge",
+        )
