@@ -52,12 +52,16 @@ STAGE_BYTES = 32 << 20
 
 @dataclass(eq=False)
 class Call:
-    """One caller: whether it still wants the answer, until when (time.monotonic), and whom to tell how far it is."""
+    """One caller: whether it still wants the answer, until when (time.monotonic), and whom to tell how far it is.
+
+    reserved: bytes that were set aside when it was admitted.
+    """
 
     request_id: str
     deadline: float | None = None
     gone: threading.Event = field(default_factory=threading.Event)
     report: Callable[[int, int], None] = lambda *_: None
+    reserved: int = 0
 
     def check(self) -> None:
         """Raises Cancelled or DeadlineExceeded."""
@@ -220,6 +224,7 @@ class Place:
         for room, need in needs:
             room.enter(need)
             self._rooms.append((room, need))
+        self.call.reserved = self.reserved
 
     def reserve(self, nbytes: int) -> None:
         """Sets more host memory aside, or less where negative. Raises Busy or, where it can never be, OverLimit."""
