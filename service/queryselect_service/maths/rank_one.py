@@ -35,13 +35,13 @@ from queryselect_service.maths.fisher import (
 from queryselect_service.maths.predictions import Predictions
 
 #: Rows that compete at first: a part of all, but at least and at most so many.
-TEAM_PART, LEAST_TEAM, MOST_TEAM = 32, 256, 4096
+TEAM_PART, LEAST_TEAM, MOST_TEAM = 32, 256, 1024
 #: Picks that are guessed at once: at first, at least and at most.
 DEPTH, LEAST_DEPTH, MOST_DEPTH = 16, 4, 64
 #: Entries that the products of one pass may have.
 PRODUCTS = 1 << 25
-#: Rows whose steps are replayed at once: what they need stays in a core's cache.
-REPLAYED = 8192
+#: Rows whose steps are replayed at once: enough for every core, few enough to stay in their caches.
+REPLAYED = 32_768
 
 #: What the picks' matrices are made of, and along which dimension picks lie there.
 PARTS = (("x", 0), ("weights", 1), ("u", 2))
@@ -145,6 +145,7 @@ class RankOne:
         if design.labeled:
             self._matrix += design.context_total(information)
         self._g, self._h = self._like.new_empty(labels, n), self._like.new_empty(labels, n)
+        self._room = self._like.new_empty(0)
         self._fresh = not design.labeled  # whether M is λI still
         self._refresh()
         self.first = self._gains()  # (n,)
@@ -215,10 +216,10 @@ class RankOne:
         """Multiplies all rows with all directions; yields stretches of rows as they are done."""
         labels, dims, picks = guess.u.shape
         directions = torch.stack([guess.u, guess.zeta]).permute(0, 3, 1, 2).reshape(-1, dims)  # (2 R L, D)
-        guess.products = self._like.new_empty(2, picks, labels, len(self._rows))
+        guess.products = self._room[: len(directions) * len(self._rows)].view(2, picks, labels, -1)
         flat, done = guess.products.view(len(directions), -1), 0
         for some, x in self._rows.read(4 * picks * labels * dims, dims + 16 * picks * labels):
-            flat[:, some] = (x @ directions.T).T
+            torch.mm(directions, x.T, out=flat[:, some])
             if some.stop - done >= REPLAYED or some.stop == len(self._rows):
                 yield slice(done, some.stop)
                 done = some.stop
@@ -232,16 +233,16 @@ class RankOne:
         others[here[(here >= 0) & (here < len(free))]] = False
         beaten = torch.zeros(picks, dtype=torch.bool, device=guess.rows.device)
         for some in self._projected(guess):
-            g, h = self._g[:, some].clone(), self._h[:, some].clone()
-            tau = torch.where(others[some], self.inverse_variance[:, some], torch.inf)
-            best = []
+            h, gains = self._h[:, some].clone(), self._h.new_empty(picks, some.stop - some.start)  # (R, s)
+            below = self._g[:, some] + torch.where(others[some], self.inverse_variance[:, some], torch.inf)  # τ + g
             for step in range(picks):
                 p, zeta = guess.products[:, step, :, some]
-                gains = h / (tau + g) if len(h) == 1 else (h.clamp_min(0) / (tau + g)).sum(0, keepdim=True)
-                best.append(gains)
-                g.addcmul_(p, p, value=-1)
+                if len(h) == 1:
+                    torch.div(h[0], below[0], out=gains[step])
+                else:
+                    gains[step] = (h.clamp_min(0) / below).sum(0)
+                below.addcmul_(p, p, value=-1)
                 h.addcmul_(p, zeta, value=-2)
-            gains = torch.cat(best)  # (R, s)
             near = gains.amax(1) >= low
             if bool(near.any()):  # a tie, which goes to the lower row, or more
                 lower = self._numbers[some] < guess.rows[:, None]
@@ -266,8 +267,10 @@ class RankOne:
     def forward(self, choice: Choice) -> Forward:
         """Chooses."""
         pool, made = self._pool, 0
-        most = max(1, PRODUCTS // (2 * len(self._fisher) * max(1, pool.size)))
+        most = min(MOST_DEPTH, max(1, PRODUCTS // (2 * len(self._fisher) * max(1, pool.size))))
         depth, team = min(DEPTH, most), max(LEAST_TEAM, min(MOST_TEAM, pool.size // TEAM_PART))
+        # Had once: memory that is new takes longer to have than to fill.
+        self._room = self._like.new_empty(2 * (1 if choice.limited else most) * self._g.numel())
         taken: list[_Guess] = []
         while made < choice.steps:
             pool.progress(made, choice.steps)
@@ -279,7 +282,7 @@ class RankOne:
             if wanted > 1:
                 guess = self._guess_several(choice, gains, team, wanted)
                 count = self._accepted(guess, choice.free)
-                depth = min(most, MOST_DEPTH, max(LEAST_DEPTH, 2 * depth if count == wanted else int(1.3 * count) + 2))
+                depth = min(most, max(LEAST_DEPTH, 2 * depth if count == wanted else int(1.3 * count) + 2))
             if not count:  # one pick: limits may forbid the next, or a row beyond the team is as good as its best
                 row, score, *found = leader(choice, gains, *self._state())
                 if choice.ends(score):
