@@ -74,7 +74,7 @@ def computer(device: str) -> tuple[str, dict[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what is asked for. A strategy's results are kept as soon as they are there: a whole run takes hours."""
+    """Runs what is asked for. Every row is kept as soon as it is there: a whole run takes hours."""
     chosen = parse(arguments)
     wanted = chosen.names or names()
     if chosen.list:
@@ -85,10 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
     for name in wanted:
         limits = ceilings.measure(torch.device(chosen.device), quick=chosen.quick)
         print(report.ceilings(limits), flush=True)
-        rows = [row for benchmark in load(name) for row in run(benchmark, chosen, limits)]
         kind = "-".join([name, *(["scaling"] if chosen.scaling else []), *(["quick"] if chosen.quick else [])])
-        result = {"machine": told, "device": chosen.device, "ceilings": limits, "rows": rows}
-        print(f"kept in {machine.keep(kind, called, result, chosen.results)}", flush=True)
+        rows: list[Row] = []
+        for row in (row for benchmark in load(name) for row in run(benchmark, chosen, limits)):
+            rows.append(row)
+            result = {"machine": told, "device": chosen.device, "ceilings": limits, "rows": rows}
+            print(f"kept in {machine.keep(kind, called, result, chosen.results)}", flush=True)
     return 0
 
 

@@ -112,6 +112,7 @@ class Case:
 
     ratios: by the name of a peer, its time over ours, at least. ceiling: the fraction of the machine's ceiling, at
     least. peak: gigabytes that ours may take beside the inputs, at most. peers: more of them than the benchmark's.
+    rounds: fewer than asked for, for what takes many minutes.
     """
 
     sizes: Sizes
@@ -120,6 +121,7 @@ class Case:
     ceiling: float | None = None
     peak: float | None = None
     peers: tuple[Peer, ...] = ()
+    rounds: int | None = None
 
     @property
     def known(self) -> Sizes:

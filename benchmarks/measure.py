@@ -82,6 +82,7 @@ def ways(benchmark: Benchmark, case: Case, rounds: int) -> list[Way]:
 
 def compare(benchmark: Benchmark, case: Case, device: str, rounds: int) -> list[Way]:
     """Runs every way as often as it is to be run, in turns, and then measures its memory."""
+    rounds = min(rounds, case.rounds or rounds)
     found = ways(benchmark, case, rounds)
     weighed = [way for way in found if way.weighed]
     steps = len(found) + sum(way.rounds for way in found) + len(weighed)

@@ -92,6 +92,9 @@ def test_ways_alternate_and_a_slow_peer_may_have_fewer_rounds(unweighed):
     found = rows(Case(SIZES), Peer("a", way("a")), Peer("b", way("b"), rounds=1), rounds=3)
     assert order == [("a", 3), ("b", 3), ("a", 6), ("b", 6), ("a", 6), ("a", 6)]
     assert [len(each["rounds"]) for each in found["ways"]] == [3, 3, 1]
+    order.clear()
+    found = rows(Case(SIZES, rounds=1), Peer("a", way("a")), rounds=3)
+    assert [len(each["rounds"]) for each in found["ways"]] == [1, 1], "a case that takes long has fewer, too"
 
 
 def test_a_peer_that_is_missing_or_fails_is_told_and_stops_nobody(unweighed):

@@ -9,6 +9,7 @@ import pytest
 
 from queryselect import InvalidInput
 from queryselect_service.maths import class_blocks
+from queryselect_service.maths import fisher as maths_fisher
 from tests.kernels import fisher
 from tests.kernels.fisher import Design
 from tests.strategy_case import ROWS, Inputs, StrategyCase
@@ -155,6 +156,27 @@ class TestBaitWithoutMatrices(TestBait):
     def nothing_written_out(self, monkeypatch):
         monkeypatch.setattr(class_blocks, "SMALL_SIDE", 0)
         monkeypatch.setattr(class_blocks, "LARGE_SIDE", 0)
+
+    def test_few_candidates(self, local):
+        """Then others are read for F alone."""
+        inputs, context = self.inputs(3), np.array([0, 5])
+        candidates = np.isin(np.arange(ROWS), [1, 4, 6, 7, 12, 20, 21])
+        picks, scores, _ = self.design(inputs, 3, context).greedy(3, candidates)
+        got = self.select(local, inputs, 3, labeled=context, candidates=candidates)
+        assert got.indices.tolist() == picks
+        np.testing.assert_allclose(got.scores, scores, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["bait", "bait_binary"])
+def test_picks_do_not_depend_on_when_matrices_are_changed(local, monkeypatch, name):
+    """What dropped picks take from Q and J may be taken at any time."""
+    inputs, params = pool(np.random.default_rng(3)), {"oversampling": 4}
+    once = local.select(name, 4, params=params, **inputs)
+    real = maths_fisher._Backward
+    monkeypatch.setattr(maths_fisher, "_Backward", lambda forward, room, pool: real(forward, min(room, 2), pool))
+    often = local.select(name, 4, params=params, **inputs)
+    assert often.indices.tolist() == once.indices.tolist()
+    np.testing.assert_allclose(often.scores, once.scores, rtol=1e-12)
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["dense", "free"])

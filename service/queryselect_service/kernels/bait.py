@@ -50,7 +50,8 @@ def _sizes(sizes: Sizes, spec: Bait) -> tuple[int, int, int, int, int, int]:
 
 def _memory(sizes: Sizes, spec: Bait) -> int:
     n, dims, classes, _, _, steps = own = _sizes(sizes, spec)
-    return rank_one.memory(n, dims, classes, steps) if sizes.multilabel else class_blocks.memory(*own)
+    drops = steps - min(sizes.k, steps)
+    return rank_one.memory(n, dims, classes, steps, drops) if sizes.multilabel else class_blocks.memory(*own, drops)
 
 
 def _work(sizes: Sizes) -> float:

@@ -27,11 +27,16 @@ def _sizes(sizes: Sizes, spec: FisherDesign) -> tuple[int, int, int, int]:
     return sizes.N, sizes.D, 1, min(spec.oversampling * sizes.k, sizes.N)
 
 
+def _memory(sizes: Sizes, spec: BaitBinary) -> int:
+    *_, steps = own = _sizes(sizes, spec)
+    return rank_one.memory(*own, steps - min(sizes.k, steps))
+
+
 @strategy(
     BaitBinary,
     kind=ScoreKind.GAIN,
     cost="O(N D (D + k)) time, O(N k + D^2) memory",
-    memory=lambda sizes, spec: rank_one.memory(*_sizes(sizes, spec)),
+    memory=_memory,
     work=lambda sizes: rank_one.work(*_sizes(sizes, BaitBinary())),
     citation="Huseljic, Hahn, Herde, Rauch and Sick, Fast Fishing: approximating BAIT for efficient and scalable deep "
     "active image classification (2024), arXiv:2404.08981, section 4.2",

@@ -25,15 +25,14 @@ from torch import Tensor
 
 from queryselect_service.choice import Choice
 from queryselect_service.maths.class_factors import ENTRY, written
+from queryselect_service.maths.class_gains import Gains
 from queryselect_service.maths.class_inverse import READY, READY_FACTORS, Dense, Free, Inverse, Make, Reader
 from queryselect_service.maths.fisher import (
     DRIFT,
-    FLOPS_PER_BYTE,
-    KEPT,
-    ROUNDING,
     Design,
     Forward,
     Rows,
+    backward_entries,
     everywhere,
     leader,
 )
@@ -44,8 +43,8 @@ from queryselect_service.shards import SPAN_BYTES
 SMALL_SIDE, LARGE_SIDE = 1024, 8192
 #: Multiply-adds for all pairs of rows, from which on F averages over some rows only; and how many at least.
 PAIRS, LEAST_SAMPLE = 1e14, 10_000
-#: Columns of context rows that are taken at once.
-CONTEXT_COLUMNS = 256
+#: Columns of context rows that are taken at once, and the entries of their products with all rows.
+CONTEXT_COLUMNS, PRODUCTS = 256, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -78,26 +77,29 @@ class ClassBlocks:
     def __init__(self, design: Design, make: Make, columns: int, choice: Choice, how: Plan) -> None:
         """columns: c. choice: oversampled already."""
         self._design, self._make, self._pool, self._columns = design, make, design.pool, columns
-        self._index = choice.allowed.nonzero().squeeze(1)  # (m,), rows here that may be chosen
+        allowed = choice.allowed.nonzero().squeeze(1)  # (m,), rows here that may be chosen
         borrowed = 0 if how.dense else design.labeled * columns  # directions of context rows
         most = borrowed + choice.steps * columns
         sample = _sample(design, how.sample)
-        everything = sample is design.rows and len(self._index) == len(sample)
-        self._rows = Reader(design.rows, make, None if everything else self._index)  # those that may be chosen
+        # The rows that are kept track of: those that may be chosen; or all, where F is multiplied through them anyway.
+        everything = sample is design.rows and 2 * len(allowed) >= len(sample)
+        self._index = slice(None) if everything else allowed
+        self._rows = Reader(design.rows, make, None if everything else allowed)
         self._inverse: Inverse = (
-            Dense(design, make, most)
+            Dense(design, make, columns, most)
             if how.dense
-            else Free(design, make, most, self._rows if everything else Reader(sample, make))
+            else Free(design, make, columns, most, self._rows if everything else Reader(sample, make))
         )
-        self._g = design.rows.mass.new_empty(len(self._index), columns, columns)
+        self._g = design.rows.mass.new_empty(len(self._rows), columns, columns)
         self._h = torch.empty_like(self._g)
+        self._gains = Gains(self._g, self._h, self._pool)
         self._measure()
         if not how.dense and design.labeled:
             for v in self._context():
                 self._take(v)
         self._borrowed = self._inverse.taken
-        self._keep_diagonals()
-        self.first = self._gains()[0]  # (n,)
+        first, _ = self._of_all(*self._gains.restart())
+        self.first = torch.where(choice.allowed, first, -torch.inf)  # (n,)
 
     def _measure(self) -> None:
         """Computes G and H of every row that may be chosen."""
@@ -105,13 +107,9 @@ class ClassBlocks:
         self._g *= self._design.scale
         self._h *= self._design.scale
 
-    def _keep_diagonals(self) -> None:
-        """Keeps what rounding errors are measured by: the diagonals (m, c) of G and H when computed anew."""
-        self._first_g, self._first_h = (x.diagonal(dim1=1, dim2=2).clone() for x in (self._g, self._h))
-
     def _context(self) -> Iterator[Tensor]:
         """V (r, C D) of the context rows, of all slices, some at a time."""
-        step = max(1, CONTEXT_COLUMNS // self._columns)
+        step = _context_rows(self._pool.size, self._columns)
         for some in everywhere(self._design.context, self._design.context_beside, step):
             v = self._columns_of(some.x(slice(None)), some.predictions[:])
             yield v * some.mass.sqrt().repeat_interleave(self._columns)[:, None]
@@ -121,17 +119,11 @@ class ClassBlocks:
         factor = written(self._make(p), len(x), x)  # (m, c, C), a column of L_x per row
         return (factor[..., None] * x[:, None, None]).flatten(0, 1).flatten(1)
 
-    def _gains(self) -> tuple[Tensor, Tensor]:
-        """The gains (n,) of rows that may be chosen, -inf for others, and how wrong rounding may have made them."""
-        gains = torch.full_like(self._design.rows.mass, -torch.inf)
-        errors = torch.zeros_like(gains)
-        found, wrong = self._g.new_empty(2, len(self._index))
-        for span in self._pool.spans(len(self._index), 64 * self._columns**2):
-            found[span], kept = _traces(self._g[span], self._h[span])
-            scale = self._first_h[span] + found[span, None] * self._first_g[span]
-            wrong[span] = ROUNDING * (kept * scale).sum(1)
-        gains[self._index], errors[self._index] = found, wrong
-        return gains, errors
+    def _of_all(self, gains: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """Gains and errors of all rows (n,), of those that are kept track of; -inf and 0 for others."""
+        every = torch.full_like(self._design.rows.mass, -torch.inf), torch.zeros_like(self._design.rows.mass)
+        every[0][self._index], every[1][self._index] = gains, errors
+        return every
 
     def _drift(self, gains: Tensor, errors: Tensor, free: Tensor) -> float:
         """The largest error, as a part of the best gain, of a row that may be the best."""
@@ -149,25 +141,16 @@ class ClassBlocks:
         solved, before = inverse.solve(v)
         root = torch.linalg.cholesky(torch.eye(len(v), dtype=v.dtype, device=v.device) + v @ solved.T)
         u = torch.linalg.solve_triangular(root, solved, upper=False).contiguous()
-        fisher = inverse.fisher(u)
+        p, fisher = inverse.project(self._rows, u)
         own = u @ fisher.T
         z, overlaps = inverse.solve(fisher)
         z.addmm_(own, u, alpha=-0.5)
-        self._change(u, z)
+        scale = self._design.scale
+        for span, _, _, y in inverse.products(self._rows, z):
+            self._g[span].baddbmm_(p[span].mT, p[span], alpha=-scale)
+            self._h[span].baddbmm_(p[span].mT, y, alpha=-scale).baddbmm_(y.mT, p[span], alpha=-scale)
         inverse.add(u, v)
         return before, root, overlaps, own
-
-    def _change(self, u: Tensor, z: Tensor) -> None:
-        scale = self._design.scale**0.5
-        directions = torch.cat([u, z]).view(-1, self._inverse.dims)  # (2 r C, D)
-        count, classes = 2 * len(u), self._inverse.classes
-        for span in self._pool.spans(len(self._index), _touched(directions.numel(), count, classes, self._columns)):
-            x, factors = self._rows[span]
-            both = factors.transposed((x @ directions.T).view(len(x), count, classes)).mul_(scale)  # (m, 2 r, c)
-            p, y = both.chunk(2, dim=1)
-            self._g[span].baddbmm_(p.mT, p, alpha=-1)
-            cross = p.mT @ y
-            self._h[span] -= cross + cross.mT
 
     def forward(self, choice: Choice) -> Forward:
         """Chooses."""
@@ -180,13 +163,12 @@ class ClassBlocks:
         taken = 0
         for step in range(choice.steps):
             pool.progress(step, choice.steps)
-            gains, errors = self._gains()
+            gains, errors = self._of_all(*self._gains.now(choice.free[self._index]))
             drift = self._drift(gains, errors, choice.free)
             if drift > self._inverse.bearable:
                 self._inverse.refresh()
                 self._measure()
-                self._keep_diagonals()
-                gains, errors = self._gains()
+                gains, errors = self._of_all(*self._gains.restart())
             row, score, x, values = leader(choice, gains, rows.embeddings, rows.predictions.values, errors=errors)
             if choice.ends(score):
                 break
@@ -198,7 +180,7 @@ class ClassBlocks:
             packed[0, :start, start:stop] = overlaps[self._borrowed :]
             own[step], indices[step], scores[step], taken = fisher, row, fisher.trace(), step + 1
             choice.take(row)
-        del self._g, self._h, self._inverse, self._rows, self._first_g, self._first_h
+        del self._g, self._h, self._gains, self._inverse, self._rows
         parts = [packed[:, : taken * columns, : taken * columns], own[:taken]]
         del packed, own
 
@@ -209,9 +191,9 @@ class ClassBlocks:
         return Forward(indices[:taken], scores[:taken], columns, matrices)
 
 
-def _touched(entries: int, count: int, classes: int, columns: int) -> int:
-    """Bytes of a row that work on it touches where it is multiplied with `count` directions of so many entries."""
-    return max(8 * (3 * count * max(classes, columns) + 4 * columns**2), 2 * entries // FLOPS_PER_BYTE)
+def _context_rows(n: int, columns: int) -> int:
+    """How many context rows of c columns each are taken at once, for n rows."""
+    return max(1, min(CONTEXT_COLUMNS, PRODUCTS // max(1, n * columns)) // columns)
 
 
 def _unpacked(packed: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,33 +222,19 @@ def _sample(design: Design, size: int) -> Rows:
     return found
 
 
-def _traces(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """tr[(I + G)⁻¹H] (m,), and the diagonals of (I + G)⁻¹ (m, c), for G and H (m, c, c)."""
-    if g.shape[1] == 1:
-        kept = 1 / (1 + g[:, :, 0])
-        return (kept * h[:, :, 0]).sum(1).clamp_min_(0), kept
-    if g.shape[1] == 2:  # by hand: for matrices so small, calls take longer than what they do
-        first, part = 1 + g[:, 0, 0], g[:, 0, 1] / (1 + g[:, 0, 0])
-        second = 1 + g[:, 1, 1] - part * g[:, 0, 1]
-        rest = h[:, 1, 1] - 2 * part * h[:, 0, 1] + part.square() * h[:, 0, 0]
-        gains = (h[:, 0, 0] / first + rest / second).clamp_min_(0)
-        return gains, torch.stack([1 / first + part.square() / second, 1 / second], dim=1)
-    eye = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
-    root, _ = torch.linalg.cholesky_ex(g + eye)
-    half = torch.linalg.solve_triangular(root, eye.expand_as(g), upper=False)
-    return ((half @ h) * half).sum((1, 2)).clamp_min_(0), half.square().sum(1)
+def memory(n: int, dims: int, classes: int, columns: int, context: int, steps: int, drops: int) -> int:
+    """Bytes that the forward and the backward phase take at the most; the arguments as those of `plan`.
 
-
-def memory(n: int, dims: int, classes: int, columns: int, context: int, steps: int) -> int:
-    """Bytes that the forward and the backward phase take at the most; the arguments as those of `plan`."""
+    drops: picks of the backward phase.
+    """
     how, side, size = plan(n, dims, classes, columns, context, steps), dims * classes, steps * columns
     ready = min(READY, n * (dims + READY_FACTORS * classes)) * (1 if how.sample == n else 2)
     directions = (2 * size if how.dense else size + context * columns) * side
-    block = min(max(columns, min(CONTEXT_COLUMNS, context * columns)), max(1, size + context * columns))
-    rows = n * (2 * columns**2 + 4 * columns + 8) + ready
+    block = columns * max(1, min(_context_rows(n, columns), 0 if how.dense else context))  # columns taken at once
+    rows = n * (3 * columns**2 + 3 * columns + block * columns + 12) + ready
     written = 6 * side**2 if how.dense else 0
     forward = rows + directions + size**2 + written + 7 * block * side
-    backward = (6 if size <= KEPT else 4) * size**2
+    backward = backward_entries(steps, drops, columns)
     spans = 2 * min(SPAN_BYTES, 8 * n * max(side, 3 * columns * max(classes, columns)))
     return 8 * max(forward, backward) + spans
 

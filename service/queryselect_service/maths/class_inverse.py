@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -64,9 +64,9 @@ class Inverse(ABC):
 
     bearable = DRIFT
 
-    def __init__(self, design: Design, make: Make, most: int) -> None:
-        """most: how many directions there may be."""
-        self.design, self.make, self.pool = design, make, design.pool
+    def __init__(self, design: Design, make: Make, columns: int, most: int) -> None:
+        """columns: c. most: how many directions there may be."""
+        self.design, self.make, self.columns, self.pool = design, make, columns, design.pool
         self.dims, self.classes = design.rows.embeddings.shape[1], design.rows.predictions.shape[1]
         self._directions = design.rows.mass.new_empty(most, self.dims * self.classes)
         self.taken, self._since = 0, 0  # how many directions there are, and which is the first since A_0
@@ -78,10 +78,10 @@ class Inverse(ABC):
 
     def solve(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """A y for y (r, C D), (r, C D); and all directions times y, (t, r)."""
-        found, overlaps = self._solve_first(y), y.new_empty(self.taken, len(y))
+        found, overlaps, columns = self._solve_first(y), y.new_empty(self.taken, len(y)), y.T.contiguous()
         for span in self.pool.spans(self.taken, y.shape[1] * max(8, 4 * len(y) // FLOPS_PER_BYTE)):
             some = self._directions[span]
-            torch.mm(some, y.T, out=overlaps[span])
+            torch.mm(some, columns, out=overlaps[span])
             late = max(self._since, span.start)
             if late < span.stop:
                 found.addmm_(overlaps[late : span.stop].T, self._directions[late : span.stop], alpha=-1)
@@ -95,6 +95,21 @@ class Inverse(ABC):
         """y/λ, without what is the same for all classes."""
         blocks = y.view(-1, self.classes, self.dims)
         return ((blocks - blocks.mean(1, keepdim=True)) / self.design.ridge).view_as(y)
+
+    def project(self, rows: Reader, u: Tensor) -> tuple[Tensor, Tensor]:
+        """V_xᵀ u of the rows, (n, r, c), and F u, (r, C D), for u (r, C D)."""
+        p = u.new_empty(len(rows), len(u), self.columns)
+        for span, _, _, inner in self.products(rows, u):
+            p[span] = inner
+        return p, self.fisher(u)
+
+    def products(self, rows: Reader, y: Tensor) -> Iterator[tuple[slice, Tensor, Factors, Tensor]]:
+        """V_xᵀ y (m, r, c) for y (r, C D), a stretch of rows after the other; each with its embeddings and factors."""
+        directions, count = y.view(-1, self.dims), len(y)  # (r C, D)
+        touched = 8 * (3 * count * max(self.classes, self.columns) + 4 * self.columns**2)
+        for span in self.pool.spans(len(rows), max(touched, 4 * y.numel() // FLOPS_PER_BYTE)):
+            x, factors = rows[span]
+            yield span, x, factors, factors.transposed((x @ directions.T).view(len(x), count, self.classes))
 
     @abstractmethod
     def fisher(self, u: Tensor) -> Tensor:
@@ -121,8 +136,8 @@ class Inverse(ABC):
 class Dense(Inverse):
     """A_0, F and M_0 written out, (C D, C D)."""
 
-    def __init__(self, design: Design, make: Make, most: int) -> None:
-        super().__init__(design, make, most)
+    def __init__(self, design: Design, make: Make, columns: int, most: int) -> None:
+        super().__init__(design, make, columns, most)
         self._fisher = design.total(self._information)
         # V of all that was taken; M = λI + context + V Vᵀ is written out where A_0 is computed anew.
         self._columns = torch.empty_like(self._directions)
@@ -214,31 +229,40 @@ class Free(Inverse):
 
     bearable = LOST
 
-    def __init__(self, design: Design, make: Make, most: int, sample: Reader) -> None:
+    def __init__(self, design: Design, make: Make, columns: int, most: int, sample: Reader) -> None:
         """sample: those of these rows that are here."""
-        super().__init__(design, make, most)
+        super().__init__(design, make, columns, most)
         self._sample = sample
 
     def _solve_first(self, y: Tensor) -> Tensor:
         """See Inverse."""
         return self._cold(y)
 
+    def project(self, rows: Reader, u: Tensor) -> tuple[Tensor, Tensor]:
+        """See Inverse; in one pass where F averages over these very rows."""
+        if rows is not self._sample:
+            return super().project(rows, u)
+        p = u.new_empty(len(rows), len(u), self.columns)
+        return p, self._through(u, p)
+
     def fisher(self, u: Tensor) -> Tensor:
         """See Inverse."""
-        directions, flat = u.view(-1, self.dims), (len(u), self.classes)  # (r C, D)
+        return self._through(u)
 
-        def part(some: Reader) -> Tensor:
-            found = torch.zeros_like(directions)
-            for span in some.rows.spans(4 * u.numel(), 4 * len(directions)):
-                x, factors = some[span]
-                inner = factors.transposed((x @ directions.T).view(-1, *flat))  # (m, r, c)
-                outer = factors.times(inner).mul_(some.rows.mass[span, None, None])  # (m, r, C)
-                found.addmm_(outer.flatten(1).T, x)
-            return found
-
+    def _through(self, u: Tensor, p: Tensor | None = None) -> Tensor:
+        """F u, and V_xᵀ u of the rows it averages over into p."""
+        found = self.pool.sum(self._part(self._sample, u, p))
         beside = self.design.beside
-        found = self.pool.sum(part(self._sample))
-        return (found if beside is None else found + part(Reader(beside, self.make))).view_as(u)
+        return found if beside is None else found + self._part(Reader(beside, self.make), u)
+
+    def _part(self, some: Reader, u: Tensor, p: Tensor | None = None) -> Tensor:
+        found = torch.zeros_like(u)
+        for span, x, factors, inner in self.products(some, u):
+            if p is not None:
+                p[span] = inner
+            outer = factors.times(inner).mul_(some.rows.mass[span, None, None])  # (m, r, C)
+            found.view(-1, self.dims).addmm_(outer.flatten(1).T, x)
+        return found
 
     def measure(self, rows: Reader, g: Tensor, h: Tensor) -> None:
         """See Inverse; before anything is taken."""

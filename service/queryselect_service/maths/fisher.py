@@ -252,7 +252,7 @@ def backward(forward: Forward, choice: Choice, pool: Shards) -> tuple[Tensor, Te
     """
     left = torch.ones(len(forward.rows), dtype=torch.bool, device=forward.rows.device)
     if choice.excess:
-        phase = _Backward(forward, pool)
+        phase = _Backward(forward, len(forward.rows) - choice.k, pool)
         while choice.excess:
             allowed = left.clone()
             allowed[left] = choice.droppable(forward.rows[left])
@@ -265,10 +265,15 @@ def backward(forward: Forward, choice: Choice, pool: Shards) -> tuple[Tensor, Te
 
 
 class _Backward:
-    """The losses of picks, and what changes them."""
+    """The losses of picks, and what changes them.
 
-    def __init__(self, forward: Forward, pool: Shards) -> None:
-        self._pool, self._columns = pool, forward.columns
+    What dropped picks take from Q and J is kept as the columns it is made of, and taken where Q and J are read: from
+    the picks' own blocks, and from the columns of the next to be dropped.
+    """
+
+    def __init__(self, forward: Forward, room: int, pool: Shards) -> None:
+        """room: how many picks may be dropped before Q and J themselves are changed."""
+        self._pool, self._columns, self._room = pool, forward.columns, max(1, room)
         root, fisher = forward.matrices()
         # Kept where there is room for them, to start again from what no step has touched.
         self._kept = (root, fisher) if root.shape[-1] <= KEPT else None
@@ -283,7 +288,12 @@ class _Backward:
         self._left, self._j = left, product(inverse.mT, right, self._pool)  # (L, r c, r c)
         del right
         self._q = product(inverse.mT, inverse, self._pool)  # (L, r c, r c)
-        self._first = self._diagonal(self._q).diagonal(dim1=-2, dim2=-1).clone()  # (L, r, c)
+        del inverse
+        self._own, self._theirs = self._diagonal(self._q).clone(), self._diagonal(self._j).clone()
+        self._first = self._own.diagonal(dim1=-2, dim2=-1).clone()  # (L, r, c)
+        # Q_:s, α and β (below) of dropped picks, and how many columns of them there are.
+        shape = (3, len(self._q), self._room * self._columns, self._q.shape[-1])
+        self._taken, self._count = self._q.new_empty(shape), 0
 
     def _restart(self, left: Tensor, root: Tensor, fisher: Tensor) -> None:
         """Computes Q and J of the picks that are left (r,) anew. root, fisher: Λ and Φ of all."""
@@ -300,31 +310,62 @@ class _Backward:
 
     def least(self, allowed: Tensor, rows: Tensor) -> Tensor:
         """The position () of the pick of least loss among those allowed (m,); of equal ones that of the highest row."""
-        own, theirs = self._diagonal(self._q), self._diagonal(self._j)
-        solved, _ = torch.linalg.solve_ex(own, theirs)
+        solved, _ = torch.linalg.solve_ex(self._own, self._theirs)
         losses = solved.diagonal(dim1=-2, dim2=-1).sum((0, -1))  # (r,)
         return self._left[least_of(losses, allowed[self._left], rows[self._left])]
 
     def drop(self, position: Tensor, left: Tensor) -> None:
         """Takes the pick at a position () out of Q and J; left: (m,) which ones stay.
 
-        Q' = Q - Q_:s Q_ss⁻¹ Q_s:        J' = J - α βᵀ - β αᵀ,  α = Q_:s Q_ss⁻¹,  β = J_:s - ½ α J_ss
+        Q' = Q - α Q_s:        J' = J - α βᵀ - β αᵀ,  α = Q_:s Q_ss⁻¹,  β = J_:s - ½ α J_ss
         """
         c = self._columns
         at = int((self._left < position).sum()) * c
         some = slice(at, at + c)
-        column, theirs = self._q[..., some].clone(), self._j[..., some].clone()
-        alpha = torch.linalg.solve(column[:, some].mT, column.mT).mT
-        beta = theirs - 0.5 * alpha @ theirs[:, some]
-        size = self._q.shape[-1]
-        for span in self._pool.spans(size, max(48 * size, 6 * c * size // FLOPS_PER_BYTE)):
-            self._q[:, span] -= alpha[:, span] @ column.mT
-            self._j[:, span] -= alpha[:, span] @ beta.mT + beta[:, span] @ alpha.mT
-        now = self._diagonal(self._q).diagonal(dim1=-2, dim2=-1)
+        column, theirs = self._read(some)
+        alpha = torch.linalg.solve(column[..., some], column)  # (L, c, r c), as all of these
+        beta = theirs - 0.5 * theirs[..., some].mT @ alpha
+        if self._count == self._taken.shape[2]:
+            self._flush()
+        for each, kept in zip((column, alpha, beta), self._taken, strict=True):
+            kept[:, self._count : self._count + c] = each
+        self._count += c
+        blocks = [x.unflatten(-1, (-1, c)).permute(0, 2, 3, 1) for x in (column, alpha, beta)]  # (L, r, c, c)
+        self._own -= blocks[1] @ blocks[0].mT
+        cross = blocks[1] @ blocks[2].mT
+        self._theirs -= cross + cross.mT
+        now = self._own.diagonal(dim1=-2, dim2=-1)
         stays = left[self._left]
         # Where a pick's own block has lost more digits than float64 can spare, all is computed anew.
         if self._kept is not None and bool((now[:, stays] < LOST_DIGITS * self._first[:, stays]).any()):
             self._restart(left.nonzero().squeeze(1), *self._kept)
+
+    def _read(self, some: slice) -> tuple[Tensor, Tensor]:
+        """Q_s: and J_s: (L, c, r c) of one pick's columns."""
+        column, theirs = self._q[:, some].clone(), self._j[:, some].clone()
+        size, count = self._q.shape[-1], some.stop - some.start
+        for span in self._pool.spans(self._count, size * max(24, 6 * count // FLOPS_PER_BYTE)):
+            columns, alphas, betas = self._taken[:, :, span]
+            column.baddbmm_(alphas[..., some].mT, columns, alpha=-1)
+            theirs.baddbmm_(alphas[..., some].mT, betas, alpha=-1).baddbmm_(betas[..., some].mT, alphas, alpha=-1)
+        return column, theirs
+
+    def _flush(self) -> None:
+        """Takes what dropped picks take from Q and J themselves."""
+        size, count = self._q.shape[-1], self._count
+        columns, alphas, betas = self._taken[:, :, :count]
+        for span in self._pool.spans(size, size * max(48, 6 * count // FLOPS_PER_BYTE)):
+            self._q[:, span].baddbmm_(alphas[..., span].mT, columns, alpha=-1)
+            self._j[:, span].baddbmm_(alphas[..., span].mT, betas, alpha=-1)
+            self._j[:, span].baddbmm_(betas[..., span].mT, alphas, alpha=-1)
+        self._count = 0
+
+
+def backward_entries(steps: int, drops: int, columns: int) -> int:
+    """Float64 numbers that the backward phase holds at the most for every problem, for so many picks of c columns."""
+    size = steps * columns
+    kept = 2 * size**2 if size <= KEPT else 0
+    return kept + max(4 * size**2, 2 * size**2 + 3 * max(1, drops) * columns * size)
 
 
 def product(a: Tensor, b: Tensor, pool: Shards) -> Tensor:

@@ -28,6 +28,7 @@ from queryselect_service.maths.fisher import (
     Design,
     Forward,
     Rows,
+    backward_entries,
     inverse_of_root,
     leader,
     root_of,
@@ -335,12 +336,13 @@ def _times_upper(x: Tensor, upper: Tensor) -> Tensor:
     return found
 
 
-def memory(n: int, dims: int, labels: int, steps: int) -> int:
-    """Bytes that the forward and the backward phase take at the most, for n rows, L labels and so many steps."""
+def memory(n: int, dims: int, labels: int, steps: int, drops: int) -> int:
+    """Bytes that the forward and the backward phase take at the most, for n rows and L labels. drops: of the latter."""
     depth = min(MOST_DEPTH, max(1, PRODUCTS // (2 * labels * max(1, n))))
     team = min(n, max(LEAST_TEAM, min(MOST_TEAM, n // TEAM_PART)))
     rows = n * (7 * labels + 8 + 2 * labels * depth) + 2 * team * (dims + labels * (dims + depth))
-    matrices = 10 * labels * dims * dims + steps * dims * (1 + 2 * labels) + 6 * labels * steps * steps
+    matrices = 10 * labels * dims * dims + steps * dims * (1 + 2 * labels)
+    matrices += labels * backward_entries(steps, drops, 1)
     return 8 * (rows + matrices + 5 * min(n, AT_ONCE) * dims)
 
 
