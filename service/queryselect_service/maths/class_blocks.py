@@ -7,9 +7,9 @@ tr[(I + G_x)⁻¹ H_x]. When s is taken, I + G_s = R Rᵀ, U = A V_s R⁻ᵀ and
 
 so that a step costs two products of the pool with DC x c matrices, where the papers recompute G_x and H_x.
 
-A and F are written out (`Dense`); or, where that would be too large or take longer, A = I/λ - W Wᵀ with the directions
-taken so far, context rows' among them, and F is multiplied through the pool (`Free`). Directions are stored as rows,
-(r, C D), r of them.
+A and F are written out (`Dense`); or, where that would be too large or take longer, A = (I - V (λI + VᵀV)⁻¹ Vᵀ)/λ with
+the rows taken so far, context rows among them, and F is multiplied through the pool (`Free`). Directions are stored as
+rows, (r, C D), r of them.
 
 What is the same for all classes changes no prediction: no V has a part along it, while A = 1/λ there for ever. A is
 therefore kept without that part, which would be nothing but rounding errors.
@@ -26,7 +26,7 @@ from torch import Tensor
 from queryselect_service.choice import Choice
 from queryselect_service.maths.class_factors import ENTRY, written
 from queryselect_service.maths.class_gains import Gains
-from queryselect_service.maths.class_inverse import READY, READY_FACTORS, Dense, Free, Inverse, Make, Reader
+from queryselect_service.maths.class_inverse import READY, READY_FACTORS, Dense, Free, Inverse, Make, Reader, Taken
 from queryselect_service.maths.fisher import (
     DRIFT,
     Design,
@@ -63,9 +63,8 @@ def plan(n: int, dims: int, classes: int, columns: int, context: int, steps: int
     side, taken, borrowed = dims * classes, steps * columns, context * columns
     pair = 2.0 * dims + min(classes**2, ENTRY * columns**2 + 4 * classes)  # multiply-adds for a pair of rows
     sample = int(min(n, max(LEAST_SAMPLE, PAIRS / (n * pair))))
-    passes = 8.0 * n * side  # of a direction: F u through the pool, and two products with all rows
-    free = n * sample * pair + borrowed * (passes + 3.0 * side * borrowed)
-    free += taken * (0.5 * passes + 6.0 * side * (borrowed + 0.5 * taken))
+    passes = 2.0 * n * side  # of a direction, each: two products with all rows, and one that ends F u
+    free = n * sample * pair + passes * (3 * borrowed + taken) + 4 / 3 * (borrowed + taken) ** 3
     dense = 4.0 * n * side**2 + (5.0 * side**3 if context else 0.0) + 6.0 * side**2 * taken
     written = side <= SMALL_SIDE or (side <= LARGE_SIDE and dense < free)
     return Plan(written, n if written else sample)
@@ -78,25 +77,24 @@ class ClassBlocks:
         """columns: c. choice: oversampled already."""
         self._design, self._make, self._pool, self._columns = design, make, design.pool, columns
         allowed = choice.allowed.nonzero().squeeze(1)  # (m,), rows here that may be chosen
-        borrowed = 0 if how.dense else design.labeled * columns  # directions of context rows
-        most = borrowed + choice.steps * columns
+        borrowed = 0 if how.dense else design.labeled  # context rows that are taken as if they were picks
         sample = _sample(design, how.sample)
         # The rows that are kept track of: those that may be chosen; or all, where F is multiplied through them anyway.
         everything = sample is design.rows and 2 * len(allowed) >= len(sample)
         self._index = slice(None) if everything else allowed
         self._rows = Reader(design.rows, make, None if everything else allowed)
         self._inverse: Inverse = (
-            Dense(design, make, columns, most)
+            Dense(design, make, columns, choice.steps)
             if how.dense
-            else Free(design, make, columns, most, self._rows if everything else Reader(sample, make))
+            else Free(design, make, columns, borrowed, choice.steps, self._rows if everything else Reader(sample, make))
         )
         self._g = design.rows.mass.new_empty(len(self._rows), columns, columns)
         self._h = torch.empty_like(self._g)
         self._gains = Gains(self._g, self._h, self._pool)
         self._measure()
         if not how.dense and design.labeled:
-            for v in self._context():
-                self._take(v)
+            for taken in self._context():
+                self._take(taken)
         self._borrowed = self._inverse.taken
         first, _ = self._of_all(*self._gains.restart())
         self.first = torch.where(choice.allowed, first, -torch.inf)  # (n,)
@@ -107,17 +105,15 @@ class ClassBlocks:
         self._g *= self._design.scale
         self._h *= self._design.scale
 
-    def _context(self) -> Iterator[Tensor]:
-        """V (r, C D) of the context rows, of all slices, some at a time."""
+    def _context(self) -> Iterator[Taken]:
+        """The context rows of all slices, some at a time."""
         step = _context_rows(self._pool.size, self._columns)
         for some in everywhere(self._design.context, self._design.context_beside, step):
-            v = self._columns_of(some.x(slice(None)), some.predictions[:])
-            yield v * some.mass.sqrt().repeat_interleave(self._columns)[:, None]
+            yield self._taken(some.x(slice(None)), some.predictions[:], some.mass)
 
-    def _columns_of(self, x: Tensor, p: Tensor) -> Tensor:
-        """V_x of rows x (m, D) with probabilities p (m, C): (m c, C D)."""
-        factor = written(self._make(p), len(x), x)  # (m, c, C), a column of L_x per row
-        return (factor[..., None] * x[:, None, None]).flatten(0, 1).flatten(1)
+    def _taken(self, x: Tensor, p: Tensor, mass: Tensor) -> Taken:
+        """Rows x (m, D) with probabilities p (m, C), of which each counts `mass` (m,) in M."""
+        return Taken(x, written(self._make(p), len(x), x) * mass.sqrt()[:, None, None])
 
     def _of_all(self, gains: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
         """Gains and errors of all rows (n,), of those that are kept track of; -inf and 0 for others."""
@@ -132,12 +128,9 @@ class ClassBlocks:
         _, worst = self._pool.best(torch.where(near, errors, 0.0))
         return float(worst / best) if best > 0 else 0.0
 
-    def _take(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Adds V (r, C D) to M, and changes G and H of every row.
-
-        Returns the directions times V (t, r), R (r, r), the directions times FU (t, r), and UᵀFU (r, r).
-        """
-        inverse = self._inverse
+    def _take(self, rows: Taken) -> tuple[Tensor, Tensor]:
+        """Adds rows to M, and changes G and H of every row; returns the directions before theirs times FU, and UᵀFU."""
+        inverse, v = self._inverse, rows.columns()
         solved, before = inverse.solve(v)
         root = torch.linalg.cholesky(torch.eye(len(v), dtype=v.dtype, device=v.device) + v @ solved.T)
         u = torch.linalg.solve_triangular(root, solved, upper=False).contiguous()
@@ -149,15 +142,14 @@ class ClassBlocks:
         for span, _, _, y in inverse.products(self._rows, z):
             self._g[span].baddbmm_(p[span].mT, p[span], alpha=-scale)
             self._h[span].baddbmm_(p[span].mT, y, alpha=-scale).baddbmm_(y.mT, p[span], alpha=-scale)
-        inverse.add(u, v)
-        return before, root, overlaps, own
+        inverse.add(rows, u, before, root)
+        return overlaps, own
 
     def forward(self, choice: Choice) -> Forward:
         """Chooses."""
         pool, rows, columns = self._pool, self._design.rows, self._columns
-        size = choice.steps * columns
         # Below and on the diagonal Λ; above it Φ, whose blocks on the diagonal stand apart: there may be little room.
-        packed, own = self._g.new_zeros(1, size, size), self._g.new_empty(choice.steps, columns, columns)
+        packed, own = self._inverse.root.rest, self._g.new_empty(choice.steps, columns, columns)
         indices = torch.empty(choice.steps, dtype=torch.int64, device=self._g.device)
         scores = self._g.new_empty(choice.steps)
         taken = 0
@@ -172,16 +164,14 @@ class ClassBlocks:
             row, score, x, values = leader(choice, gains, rows.embeddings, rows.predictions.values, errors=errors)
             if choice.ends(score):
                 break
-            v = self._columns_of(x[None].double() * rows.scale, rows.predictions.of(values[None])[:])
-            before, root, overlaps, fisher = self._take(v * self._design.scale**0.5)
-            start, stop = step * columns, (step + 1) * columns
-            packed[0, start:stop, :start] = before[self._borrowed :].T
-            packed[0, start:stop, start:stop] = root
-            packed[0, :start, start:stop] = overlaps[self._borrowed :]
+            p, mass = rows.predictions.of(values[None])[:], rows.mass.new_full((1,), self._design.scale)
+            overlaps, fisher = self._take(self._taken(x[None].double() * rows.scale, p, mass))
+            at = step * columns
+            packed[:at, at : at + columns] = overlaps[self._borrowed :]
             own[step], indices[step], scores[step], taken = fisher, row, fisher.trace(), step + 1
             choice.take(row)
         del self._g, self._h, self._gains, self._inverse, self._rows
-        parts = [packed[:, : taken * columns, : taken * columns], own[:taken]]
+        parts = [packed[None, : taken * columns, : taken * columns], own[:taken]]
         del packed, own
 
         def matrices() -> tuple[Tensor, Tensor]:
@@ -229,11 +219,13 @@ def memory(n: int, dims: int, classes: int, columns: int, context: int, steps: i
     """
     how, side, size = plan(n, dims, classes, columns, context, steps), dims * classes, steps * columns
     ready = min(READY, n * (dims + READY_FACTORS * classes)) * (1 if how.sample == n else 2)
-    directions = (2 * size if how.dense else size + context * columns) * side
-    block = columns * max(1, min(_context_rows(n, columns), 0 if how.dense else context))  # columns taken at once
+    borrowed = 0 if how.dense else context
+    kept = 2 * size * side if how.dense else (borrowed + steps) * (dims + columns * classes)
+    root = size**2 + columns**2 * borrowed * (borrowed + steps)
+    block = columns * max(1, min(_context_rows(n, columns), borrowed))  # columns taken at once
     rows = n * (3 * columns**2 + 3 * columns + block * columns + 12) + ready
     written = 6 * side**2 if how.dense else 0
-    forward = rows + directions + size**2 + written + 7 * block * side
+    forward = rows + kept + root + written + 7 * block * side + 4 * block * (borrowed + steps) * max(columns, classes)
     backward = backward_entries(steps, drops, columns)
     spans = 2 * min(SPAN_BYTES, 8 * n * max(side, 3 * columns * max(classes, columns)))
     return 8 * max(forward, backward) + spans

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from queryselect_service.maths.fisher import (
     product,
     root_of,
 )
+from queryselect_service.maths.growing_root import GrowingRoot
 
 #: Rows that are paired with others at once.
 PAIRED = 2048
@@ -56,40 +58,44 @@ class Reader:
         return self.rows.x(at), self._make(self.rows.predictions[at])
 
 
-class Inverse(ABC):
-    """A = A_0 - W Wᵀ, and products with it and with F. W are the directions of all that was taken since A_0.
+@dataclass(frozen=True)
+class Taken:
+    """Rows that were taken: V = L ⊗ x, the factors times what the rows count in M.
 
-    bearable: the error of a gain, as a part of the best, from which on `refresh` has to be called.
+    x: (m, D). heads: (m, c, C), Lᵀ.
+    """
+
+    x: Tensor
+    heads: Tensor
+
+    def columns(self) -> Tensor:
+        """V (m c, C D)."""
+        return (self.heads[..., None] * self.x[:, None, None]).flatten(0, 1).flatten(1)
+
+
+class Inverse(ABC):
+    """A, and products with it and with F. Λ Λᵀ = I + VᵀA_0V for the columns V of all that was taken, in their order.
+
+    bearable: the error of a gain, as a part of the best, from which on `refresh` has to be called. root: Λ.
     """
 
     bearable = DRIFT
 
-    def __init__(self, design: Design, make: Make, columns: int, most: int) -> None:
-        """columns: c. most: how many directions there may be."""
+    def __init__(self, design: Design, make: Make, columns: int, borrowed: int, picks: int) -> None:
+        """columns: c. borrowed, picks: how many context rows and how many others may be taken, in this order."""
         self.design, self.make, self.columns, self.pool = design, make, columns, design.pool
         self.dims, self.classes = design.rows.embeddings.shape[1], design.rows.predictions.shape[1]
-        self._directions = design.rows.mass.new_empty(most, self.dims * self.classes)
-        self.taken, self._since = 0, 0  # how many directions there are, and which is the first since A_0
+        self.root = GrowingRoot(borrowed * columns, picks * columns, design.rows.mass, design.pool)
+        self.taken = 0  # how many columns
 
-    def add(self, u: Tensor, _: Tensor) -> None:
-        """A ← A - U Uᵀ, M ← M + V Vᵀ; u, v: (r, C D)."""
-        self._directions[self.taken : self.taken + len(u)] = u
-        self.taken += len(u)
-
-    def solve(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """A y for y (r, C D), (r, C D); and all directions times y, (t, r)."""
-        found, overlaps, columns = self._solve_first(y), y.new_empty(self.taken, len(y)), y.T.contiguous()
-        for span in self.pool.spans(self.taken, y.shape[1] * max(8, 4 * len(y) // FLOPS_PER_BYTE)):
-            some = self._directions[span]
-            torch.mm(some, columns, out=overlaps[span])
-            late = max(self._since, span.start)
-            if late < span.stop:
-                found.addmm_(overlaps[late : span.stop].T, self._directions[late : span.stop], alpha=-1)
-        return found, overlaps
+    def add(self, rows: Taken, u: Tensor, before: Tensor, root: Tensor) -> None:  # noqa: ARG002  # u is Dense's
+        """A ← A - U Uᵀ. u: (r, C D). before: what `solve` gave beside AV, (t, r). root: R, (r, r)."""
+        self.root.append(before, root)
+        self.taken += len(root)
 
     @abstractmethod
-    def _solve_first(self, y: Tensor) -> Tensor:
-        """A_0 y for y (r, C D), in memory of its own."""
+    def solve(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A y for y (r, C D), (r, C D); and all directions U so far times y, (t, r)."""
 
     def _cold(self, y: Tensor) -> Tensor:
         """y/λ, without what is the same for all classes."""
@@ -134,14 +140,15 @@ class Inverse(ABC):
 
 
 class Dense(Inverse):
-    """A_0, F and M_0 written out, (C D, C D)."""
+    """A_0, F and M_0 written out, (C D, C D); A = A_0 - U Uᵀ with the directions of all that was taken since."""
 
-    def __init__(self, design: Design, make: Make, columns: int, most: int) -> None:
-        super().__init__(design, make, columns, most)
+    def __init__(self, design: Design, make: Make, columns: int, picks: int) -> None:
+        super().__init__(design, make, columns, 0, picks)
         self._fisher = design.total(self._information)
+        self._directions = self._fisher.new_empty(picks * columns, self.dims * self.classes)
         # V of all that was taken; M = λI + context + V Vᵀ is written out where A_0 is computed anew.
         self._columns = torch.empty_like(self._directions)
-        self._a = self._fisher.new_empty(0)  # (C D, C D); empty: I/λ
+        self._a, self._since = self._fisher.new_empty(0), 0  # (C D, C D), empty: I/λ; the first direction since
         if design.labeled:
             self.refresh()
 
@@ -177,9 +184,16 @@ class Dense(Inverse):
         half = (half - half.mean(1, keepdim=True)).view(1, len(self._fisher), -1)
         self._a, self._since = product(half.mT, half, self.pool)[0], self.taken
 
-    def _solve_first(self, y: Tensor) -> Tensor:
+    def solve(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """See Inverse."""
-        return self._times(y, self._a) if len(self._a) else self._cold(y)
+        found = self._times(y, self._a) if len(self._a) else self._cold(y)
+        overlaps, columns = y.new_empty(self.taken, len(y)), y.T.contiguous()
+        for span in self.pool.spans(self.taken, y.shape[1] * max(8, 4 * len(y) // FLOPS_PER_BYTE)):
+            torch.mm(self._directions[span], columns, out=overlaps[span])
+            late = slice(max(self._since, span.start), span.stop)
+            if late.start < late.stop:
+                found.addmm_(overlaps[late].T, self._directions[late], alpha=-1)
+        return found, overlaps
 
     def fisher(self, u: Tensor) -> Tensor:
         """See Inverse."""
@@ -191,10 +205,11 @@ class Dense(Inverse):
             found[:, span] = y @ matrix[span].T  # both matrices are symmetric, and rows lie together
         return found
 
-    def add(self, u: Tensor, v: Tensor) -> None:
+    def add(self, rows: Taken, u: Tensor, before: Tensor, root: Tensor) -> None:
         """See Inverse."""
-        self._columns[self.taken : self.taken + len(v)] = v
-        super().add(u, v)
+        at = slice(self.taken, self.taken + len(u))
+        self._columns[at], self._directions[at] = rows.columns(), u
+        super().add(rows, u, before, root)
 
     def measure(self, rows: Reader, g: Tensor, h: Tensor) -> None:
         """See Inverse; where A is A_0."""
@@ -225,18 +240,33 @@ class Dense(Inverse):
 
 
 class Free(Inverse):
-    """A = I/λ - W Wᵀ, and F through the rows that it averages over."""
+    """A = (I - V Λ⁻ᵀΛ⁻¹Vᵀ/λ)/λ with the rows that were taken and Λ alone, and F through the rows it averages over."""
 
     bearable = LOST
 
-    def __init__(self, design: Design, make: Make, columns: int, most: int, sample: Reader) -> None:
-        """sample: those of these rows that are here."""
-        super().__init__(design, make, columns, most)
-        self._sample = sample
+    def __init__(self, design: Design, make: Make, columns: int, borrowed: int, picks: int, sample: Reader) -> None:
+        """sample: those of the rows that F averages over that are here."""
+        super().__init__(design, make, columns, borrowed, picks)
+        self._sample, count = sample, borrowed + picks
+        self._x = design.rows.mass.new_empty(count, self.dims)
+        self._heads = design.rows.mass.new_empty(count, columns, self.classes)
 
-    def _solve_first(self, y: Tensor) -> Tensor:
+    def add(self, rows: Taken, u: Tensor, before: Tensor, root: Tensor) -> None:
         """See Inverse."""
-        return self._cold(y)
+        start = self.taken // self.columns
+        at = slice(start, start + len(rows.x))
+        self._x[at], self._heads[at] = rows.x, rows.heads
+        super().add(rows, u, before, root)
+
+    def solve(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """See Inverse."""
+        count, flat = self.taken // self.columns, y.view(-1, self.dims)
+        x, heads, ridge = self._x[:count], self._heads[:count], self.design.ridge
+        inner = heads @ (x @ flat.T).view(count, len(y), self.classes).mT  # Vᵀy, (s, c, r)
+        overlaps = self.root.solve(inner.view(self.taken, len(y)) / ridge)
+        weights = self.root.solve_transposed(overlaps / ridge).view(count, self.columns, len(y))
+        outer = (heads.mT @ weights).permute(2, 1, 0).reshape(len(flat), count)  # (r C, s)
+        return self._cold(y).view_as(flat).addmm_(outer, x, alpha=-1).view_as(y), overlaps
 
     def project(self, rows: Reader, u: Tensor) -> tuple[Tensor, Tensor]:
         """See Inverse; in one pass where F averages over these very rows."""
