@@ -168,6 +168,20 @@ class TestBaitWithoutMatrices(TestBait):
 
 
 @pytest.mark.parametrize("name", ["bait", "bait_binary"])
+def test_identical_rows_leave_by_number_however_small_the_ridge(local, name):
+    """Where rounding tells them apart: of those that are as good as each other the highest is dropped first."""
+    rng = np.random.default_rng(0)
+    x, logits = rng.standard_normal((14, 6)), 10 * rng.standard_normal((14, 3))
+    x[5:9], logits[5:9] = x[4], logits[4]
+    x *= 48 / np.linalg.norm(x, axis=1, keepdims=True)
+    params = {"ridge": 1e-6, "ridge_scale": "ABSOLUTE"}
+    for k in range(5, 12):
+        got = local.select(name, k, embeddings=x, logits=logits, labeled=[0, 1], params=params).indices.tolist()
+        twins = [row for row in got if 4 <= row <= 8]
+        assert twins == list(range(4, 4 + len(twins))), "the first of them, in their order"
+
+
+@pytest.mark.parametrize("name", ["bait", "bait_binary"])
 def test_picks_do_not_depend_on_when_matrices_are_changed(local, monkeypatch, name):
     """What dropped picks take from Q and J may be taken at any time."""
     inputs, params = pool(np.random.default_rng(3)), {"oversampling": 4}

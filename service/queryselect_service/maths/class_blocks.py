@@ -151,6 +151,7 @@ class ClassBlocks:
         # Below and on the diagonal Λ; above it Φ, whose blocks on the diagonal stand apart: there may be little room.
         packed, own = self._inverse.root.rest, self._g.new_empty(choice.steps, columns, columns)
         indices = torch.empty(choice.steps, dtype=torch.int64, device=self._g.device)
+        entries = self._g.new_empty(choice.steps, rows.embeddings.shape[1] + rows.predictions.values.shape[1])
         scores = self._g.new_empty(choice.steps)
         taken = 0
         for step in range(choice.steps):
@@ -166,6 +167,7 @@ class ClassBlocks:
                 break
             p, mass = rows.predictions.of(values[None])[:], rows.mass.new_full((1,), self._design.scale)
             overlaps, fisher = self._take(self._taken(x[None].double() * rows.scale, p, mass))
+            entries[step] = torch.cat([x, values])
             at = step * columns
             packed[:at, at : at + columns] = overlaps[self._borrowed :]
             own[step], indices[step], scores[step], taken = fisher, row, fisher.trace(), step + 1
@@ -178,7 +180,7 @@ class ClassBlocks:
             diagonal, both = parts.pop(), parts.pop()
             return _unpacked(both, diagonal)
 
-        return Forward(indices[:taken], scores[:taken], columns, matrices)
+        return Forward(indices[:taken], scores[:taken], entries[:taken], columns, matrices)
 
 
 def _context_rows(n: int, columns: int) -> int:

@@ -236,10 +236,13 @@ class Forward:
 
     root: (L, m c, m c) lower triangular, Λ Λᵀ = I + VᵀAV. fisher: (L, m c, m c), Φ = UᵀFU where U = A V Λ⁻ᵀ. Both are
     made when asked for, once.
+
+    entries: (m, w), what the picks' information follows from: those with the same are as good as each other.
     """
 
     rows: Tensor
     scores: Tensor
+    entries: Tensor
     columns: int
     matrices: Callable[[], tuple[Tensor, Tensor]]
 
@@ -274,6 +277,8 @@ class _Backward:
     def __init__(self, forward: Forward, room: int, pool: Shards) -> None:
         """room: how many picks may be dropped before Q and J themselves are changed."""
         self._pool, self._columns, self._room = pool, forward.columns, max(1, room)
+        # (m,), the same for the same entries
+        _, self._kind = forward.entries.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
         root, fisher = forward.matrices()
         # Kept where there is room for them, to start again from what no step has touched.
         self._kept = (root, fisher) if root.shape[-1] <= KEPT else None
@@ -312,7 +317,11 @@ class _Backward:
         """The position () of the pick of least loss among those allowed (m,); of equal ones that of the highest row."""
         solved, _ = torch.linalg.solve_ex(self._own, self._theirs)
         losses = solved.diagonal(dim1=-2, dim2=-1).sum((0, -1))  # (r,)
-        return self._left[least_of(losses, allowed[self._left], rows[self._left])]
+        # What rounding makes of equal rows where the ridge is small may be more than a tie.
+        kind, mine = self._kind[self._left], allowed[self._left]
+        losses = torch.where(mine & losses.isfinite(), losses, torch.inf)
+        least = losses.new_full(self._kind.shape, torch.inf).scatter_reduce(0, kind, losses, "amin")
+        return self._left[least_of(least[kind], mine, rows[self._left])]
 
     def drop(self, position: Tensor, left: Tensor) -> None:
         """Takes the pick at a position () out of Q and J; left: (m,) which ones stay.

@@ -300,7 +300,8 @@ class RankOne:
             made += count
         none = self._like[:0]
         rows, scores = (torch.cat([getattr(each, name) for each in taken] or [none]) for name in ("rows", "scores"))
-        return Forward(rows.long(), scores, 1, lambda: self._matrices(taken))
+        entries = torch.cat([torch.cat([each.x, each.weights.T], dim=1) for each in taken] or [none[:, None]])
+        return Forward(rows.long(), scores, entries, 1, lambda: self._matrices(taken))
 
     def _guess_several(self, choice: Choice, gains: Tensor, team: int, picks: int) -> _Guess:
         """The next picks among the rows of highest gain."""
