@@ -117,5 +117,5 @@ def test_what_is_too_slow_is_run_in_part_and_scaled(monkeypatch):
 def test_what_has_no_room_is_not_begun(monkeypatch):
     monkeypatch.setattr(bait, "WHOLE_FLOP", {"cpu": 0})
     monkeypatch.setattr(bait, "free_memory", lambda: 1000)
-    with pytest.raises(MemoryError, match="A and F need"):
+    with pytest.raises(MemoryError, match="A and F, and what makes them, need"):
         affordable(make(0, 3, "relative"), FORMS["full"])
