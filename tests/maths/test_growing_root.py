@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from queryselect_service.maths import growing_root
+from queryselect_service.maths import fisher
 from queryselect_service.maths.growing_root import GrowingRoot
 from queryselect_service.shards import Whole
 
@@ -13,7 +13,7 @@ from queryselect_service.shards import Whole
 @pytest.mark.parametrize("tile", [3, 512])
 @pytest.mark.parametrize("first", [0, 4])
 def test_it_solves_as_the_whole_factor_does(monkeypatch, first, tile):
-    monkeypatch.setattr(growing_root, "TILE", tile)
+    monkeypatch.setattr(fisher, "TILE", tile)
     generator = torch.Generator().manual_seed(first)
     square = torch.randn(12, 12, generator=generator, dtype=torch.float64)
     whole = torch.linalg.cholesky(square @ square.T + torch.eye(12, dtype=torch.float64))

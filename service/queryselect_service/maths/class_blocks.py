@@ -35,9 +35,10 @@ from queryselect_service.maths.fisher import (
     backward_entries,
     everywhere,
     leader,
+    tiles_of,
 )
 from queryselect_service.maths.noise import uniform
-from queryselect_service.shards import SPAN_BYTES
+from queryselect_service.shards import SPAN_BYTES, Shards
 
 #: C D up to which A and F are written out in any case, and up to which they may be.
 SMALL_SIDE, LARGE_SIDE = 1024, 8192
@@ -173,12 +174,12 @@ class ClassBlocks:
             own[step], indices[step], scores[step], taken = fisher, row, fisher.trace(), step + 1
             choice.take(row)
         del self._g, self._h, self._gains, self._inverse, self._rows
-        parts = [packed[None, : taken * columns, : taken * columns], own[:taken]]
+        parts = [packed[: taken * columns, : taken * columns], own[:taken]]
         del packed, own
 
         def matrices() -> tuple[Tensor, Tensor]:
             diagonal, both = parts.pop(), parts.pop()
-            return _unpacked(both, diagonal)
+            return _unpacked(both, diagonal, pool)
 
         return Forward(indices[:taken], scores[:taken], entries[:taken], columns, matrices)
 
@@ -188,13 +189,15 @@ def _context_rows(n: int, columns: int) -> int:
     return max(1, min(CONTEXT_COLUMNS, PRODUCTS // max(1, n * columns)) // columns)
 
 
-def _unpacked(packed: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """Λ and Φ (1, m c, m c). diagonal: (m, c, c), Φ's own blocks."""
-    root, packed = packed.tril(), packed.contiguous().triu_()
+def _unpacked(packed: Tensor, diagonal: Tensor, pool: Shards) -> tuple[Tensor, Tensor]:
+    """Λ and Φ (1, m c, m c) of packed (m c, m c). diagonal: (m, c, c), Φ's own blocks."""
+    root, fisher = (packed.new_empty(1, *packed.shape) for _ in range(2))  # apart, as one goes before the other
+    for rows in tiles_of(len(packed)):
+        pool.check()
+        root[0, rows] = packed[rows].tril(rows.start)
+        fisher[0, rows] = packed[rows].triu(rows.start + 1) + packed[:, rows].triu(1 - rows.start).T
     count, columns = diagonal.shape[:2]
     at = torch.arange(count, device=packed.device)
-    packed.view(count, columns, count, columns)[at, :, at] = 0
-    fisher = packed + packed.mT
     fisher.view(count, columns, count, columns)[at, :, at] = diagonal
     return root, fisher
 

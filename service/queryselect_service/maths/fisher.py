@@ -377,6 +377,11 @@ def backward_entries(steps: int, drops: int, columns: int) -> int:
     return kept + max(4 * size**2, 2 * size**2 + 3 * max(1, drops) * columns * size)
 
 
+def tiles_of(size: int) -> list[slice]:
+    """The tiles along a side."""
+    return [slice(start, min(start + TILE, size)) for start in range(0, size, TILE)]
+
+
 def product(a: Tensor, b: Tensor, pool: Shards) -> Tensor:
     """The product of a (L, m, n) and b (L, n, p), a tile at a time."""
     out = a.new_empty(len(a), a.shape[1], b.shape[2])
@@ -391,8 +396,11 @@ def product(a: Tensor, b: Tensor, pool: Shards) -> Tensor:
 def inverse_of_root(root: Tensor, pool: Shards) -> Tensor:
     """The inverse (L, n, n) of a lower triangular matrix, a tile at a time."""
     size = root.shape[-1]
-    inverse = torch.zeros_like(root)
-    tiles = [slice(start, min(start + TILE, size)) for start in range(0, size, TILE)]
+    inverse = torch.empty_like(root)
+    tiles = tiles_of(size)
+    for j in tiles:
+        pool.check()
+        inverse[:, j] = 0
     for at, j in enumerate(tiles):
         eye = torch.eye(j.stop - j.start, dtype=root.dtype, device=root.device).expand(len(root), -1, -1)
         inverse[:, j, j] = torch.linalg.solve_triangular(root[:, j, j], eye, upper=False)
@@ -411,7 +419,7 @@ def root_of(matrix: Tensor, pool: Shards) -> Tensor:
     """
     size = matrix.shape[-1]
     root = torch.zeros_like(matrix)
-    tiles = [slice(start, min(start + TILE, size)) for start in range(0, size, TILE)]
+    tiles = tiles_of(size)
     for at, j in enumerate(tiles):
         done = slice(0, j.start)
         found, failed = torch.linalg.cholesky_ex(matrix[:, j, j] - root[:, j, done] @ root[:, j, done].mT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from queryselect_service.maths.fisher import TILE
+from queryselect_service.maths.fisher import tiles_of
 from queryselect_service.shards import Shards
 
 
@@ -17,8 +17,8 @@ class GrowingRoot:
 
     def __init__(self, first: int, rest: int, like: Tensor, pool: Shards) -> None:
         """like: a tensor of the same type and place."""
-        self._first, self._beside = like.new_zeros(first, first), like.new_zeros(rest, first)
-        self.rest, self._pool, self._size = like.new_zeros(rest, rest), pool, 0
+        self._first, self._beside = like.new_empty(first, first), like.new_empty(rest, first)
+        self.rest, self._pool, self._size = like.new_empty(rest, rest), pool, 0
 
     def append(self, before: Tensor, root: Tensor) -> None:
         """Adds the rows (r, t + r) of a block, which lies in the first part or in the rest.
@@ -39,7 +39,7 @@ class GrowingRoot:
         """Λ⁻¹ y for y (t, r), in its place."""
         above, below, beside = self._parts(y)
         self._forward(self._first, above)
-        for tile in _tiles(len(below)):
+        for tile in tiles_of(len(below)):
             self._pool.check()
             below[tile] -= beside[tile] @ above
         self._forward(self.rest, below)
@@ -49,7 +49,7 @@ class GrowingRoot:
         """Λ⁻ᵀ y for y (t, r), in its place."""
         above, below, beside = self._parts(y)
         self._backward(self.rest, below)
-        for tile in _tiles(len(above)):
+        for tile in tiles_of(len(above)):
             self._pool.check()
             above[tile] -= beside[:, tile].T @ below
         self._backward(self._first, above)
@@ -60,17 +60,13 @@ class GrowingRoot:
         return above, below, self._beside[: len(below)]
 
     def _forward(self, root: Tensor, y: Tensor) -> None:
-        for tile in _tiles(len(y)):
+        for tile in tiles_of(len(y)):
             self._pool.check()
             right = y[tile] - root[tile, : tile.start] @ y[: tile.start]
             y[tile] = torch.linalg.solve_triangular(root[tile, tile], right, upper=False)
 
     def _backward(self, root: Tensor, y: Tensor) -> None:
-        for tile in reversed(_tiles(len(y))):
+        for tile in reversed(tiles_of(len(y))):
             self._pool.check()
             right = y[tile] - root[tile.stop : len(y), tile].T @ y[tile.stop :]
             y[tile] = torch.linalg.solve_triangular(root[tile, tile].mT, right, upper=True)
-
-
-def _tiles(size: int) -> list[slice]:
-    return [slice(start, min(start + TILE, size)) for start in range(0, size, TILE)]
