@@ -53,7 +53,8 @@ class Gains:
         margin = self._g.shape[1] * errors  # of sums over all entries, not over a diagonal
         _, best = self._pool.best(torch.where(free, lower - margin, -torch.inf))
         at = (free & ~(gains + margin < best * (1 - 2 * TIE))).nonzero().squeeze(1)
-        gains[at] = self._exactly(at)
+        for span in self._pool.spans(len(at), 64 * self._g.shape[1] ** 2):
+            gains[at[span]] = self._exactly(at[span])
         errors[at] = self._errors(at, gains[at])
         return gains, errors
 

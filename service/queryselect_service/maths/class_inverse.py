@@ -112,8 +112,8 @@ class Inverse(ABC):
     def products(self, rows: Reader, y: Tensor) -> Iterator[tuple[slice, Tensor, Factors, Tensor]]:
         """V_xᵀ y (m, r, c) for y (r, C D), a stretch of rows after the other; each with its embeddings and factors."""
         directions, count = y.view(-1, self.dims), len(y)  # (r C, D)
-        touched = 8 * (3 * count * max(self.classes, self.columns) + 4 * self.columns**2)
-        for span in self.pool.spans(len(rows), max(touched, 4 * y.numel() // FLOPS_PER_BYTE)):
+        touched = 8 * (6 * count * max(self.classes, self.columns) + 4 * self.columns**2)  # F, too
+        for span in self.pool.spans(len(rows), max(touched, 8 * y.numel() // FLOPS_PER_BYTE)):
             x, factors = rows[span]
             yield span, x, factors, factors.transposed((x @ directions.T).view(len(x), count, self.classes))
 
