@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import kernels
+from benchmarks.clock import timed
 from benchmarks.machine import NOT_INSTALLED, installed
 from queryselect_service import strategy as strategies
 from queryselect_service.shards import Whole
@@ -79,6 +80,12 @@ class Part:
     seconds: float
     said: str
     picks: Tensor | None = None
+
+
+def run(select: Callable[[Problem], Tensor | Part], problem: Problem) -> Part:
+    """Selects once, and says how long it took and what was picked."""
+    seconds, found = timed(lambda: select(problem), problem.device)
+    return found if isinstance(found, Part) else Part(seconds, "", found)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory
-from benchmarks.case import OURS, Benchmark, Case, Part, Peer, Problem
-from benchmarks.clock import timed
+from benchmarks.case import OURS, Benchmark, Case, Part, Peer, Problem, run
 from benchmarks.machine import NOT_INSTALLED
 from benchmarks.progress import Progress
 
@@ -22,6 +21,7 @@ from benchmarks.progress import Progress
 class Way:
     """One way to select, ours or a peer's, and what is found of it.
 
+    rounds: beside the one in which its memory is measured, which counts where there is no other.
     seconds: of every round. part: which part was run, where it was not the whole. peak: megabytes beside the inputs.
     trouble: why something is missing; a way in trouble is not run again.
     """
@@ -47,15 +47,16 @@ class Way:
         """Selects once, and notes how long it took and what was picked."""
         gc.collect()  # what the others left behind
         try:
-            seconds, found = timed(lambda: self.select(problem), problem.device)
+            self.note(run(self.select, problem))
         except ModuleNotFoundError as error:
             self.trouble = f"{NOT_INSTALLED}: {error.name}"
         except Exception as error:  # noqa: BLE001  # whatever ails one way, the others are measured
             self.trouble = f"failed: {type(error).__name__}: {error}"
-        else:
-            part = found if isinstance(found, Part) else Part(seconds, "", found)
-            self.seconds.append(part.seconds)
-            self.part, self.picks = part.said, None if part.picks is None else part.picks.tolist()
+
+    def note(self, ran: Part) -> None:
+        """Keeps what a round took and picked."""
+        self.seconds.append(ran.seconds)
+        self.part, self.picks = ran.said, None if ran.picks is None else ran.picks.tolist()
 
     def warm_up(self, problem: Problem) -> None:
         """Selects once on a small problem, which costs what libraries do once, and notes nothing but trouble."""
@@ -64,26 +65,31 @@ class Way:
         self.picks = None
 
     def weigh(self, benchmark: Benchmark, case: Case, device: str) -> None:
-        """Measures the memory, in a process of its own."""
+        """Measures the memory, in a process of its own; the run counts where there is no other."""
         try:
-            self.peak, _ = memory.measure(benchmark, case, self.name, device)
+            found = memory.measure(benchmark, case, self.name, device)
         except RuntimeError as error:
             self.trouble = f"memory not measured: {error}"
+        else:
+            self.peak = found.peak
+            if not self.seconds:
+                self.note(found.ran)
 
 
 def ways(benchmark: Benchmark, case: Case, rounds: int) -> list[Way]:
-    """Ours, and the peers."""
+    """Ours, and the peers. What has one round has it where its memory is measured."""
 
     def way(peer: Peer) -> Way:
-        return Way(peer.name, peer.label, peer.select, min(rounds, peer.rounds or rounds), peer.exact, peer.peak)
+        mine = min(rounds, peer.rounds or rounds)
+        mine = 0 if mine == 1 and peer.peak else mine
+        return Way(peer.name, peer.label, peer.select, mine, peer.exact, peer.peak)
 
-    return [Way(OURS, OURS, benchmark.ours, rounds), *(way(peer) for peer in (*benchmark.peers, *case.peers))]
+    return [way(peer) for peer in (Peer(OURS, benchmark.ours), *benchmark.peers, *case.peers)]
 
 
 def compare(benchmark: Benchmark, case: Case, device: str, rounds: int) -> list[Way]:
     """Runs every way as often as it is to be run, in turns, and then measures its memory."""
-    rounds = min(rounds, case.rounds or rounds)
-    found = ways(benchmark, case, rounds)
+    found = ways(benchmark, case, min(rounds, case.rounds or rounds))
     weighed = [way for way in found if way.weighed]
     steps = len(found) + sum(way.rounds for way in found) + len(weighed)
     with Progress(steps, f"{benchmark.title} {case}") as progress:
@@ -98,7 +104,7 @@ def compare(benchmark: Benchmark, case: Case, device: str, rounds: int) -> list[
         for way in found:
             turn(way, "warming up", partial(way.warm_up, small))
         problem = benchmark.problem(case, device)
-        for number in range(rounds):
+        for number in range(max(way.rounds for way in found)):
             for way in (each for each in found if number < each.rounds):
                 turn(way, f"round {number + 1}", partial(way.run, problem))
         del problem  # the processes that measure memory have their own

@@ -2,6 +2,7 @@
 
 On a CPU it is the growth of the resident memory, with an allocator that gives everything larger than 1 MB back at once
 (what one way leaves behind must not hide what it takes the next time); on a GPU, what torch has allocated at most.
+What ran is told as well, for what takes so long that once must do.
 """
 
 from __future__ import annotations
@@ -11,21 +12,28 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
-from benchmarks.case import Benchmark, Case, Problem, load
+from benchmarks.case import Benchmark, Case, Part, Problem, load, run
 from benchmarks.machine import MB, Usage
 from queryselect_service import strategy as strategies
 from queryselect_service.strategy import Sizes
 
 
-def measure(benchmark: Benchmark, case: Case, way: str, device: str) -> tuple[float, float]:
-    """Megabytes beside the inputs that `way`, ours or the name of a peer, took, and that ours is said to take at most.
+@dataclass(frozen=True)
+class Weighed:
+    """Megabytes beside the inputs: those that a way took, and those that ours is said to take at most; what ran."""
 
-    Raises RuntimeError where the process failed.
-    """
+    peak: float
+    estimate: float
+    ran: Part
+
+
+def measure(benchmark: Benchmark, case: Case, way: str, device: str) -> Weighed:
+    """Runs `way`, ours or the name of a peer. Raises RuntimeError where the process failed."""
     told = [
         benchmark.strategy,
         benchmark.title,
@@ -39,8 +47,8 @@ def measure(benchmark: Benchmark, case: Case, way: str, device: str) -> tuple[fl
     ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError((ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1])
-    took, estimate = json.loads(ran.stdout.splitlines()[-1])
-    return took, estimate
+    peak, estimate, seconds, said, picks = json.loads(ran.stdout.splitlines()[-1])
+    return Weighed(peak, estimate, Part(seconds, said, None if picks is None else torch.tensor(picks)))
 
 
 def main() -> None:
@@ -54,22 +62,22 @@ def main() -> None:
     select = benchmark.ways(case)[way]
     select(benchmark.problem(benchmark.quick, device))  # what libraries take once
     problem = benchmark.problem(case, device)
-    took = (_on_gpu if device == "cuda" else _on_cpu)(select, problem)
-    print(json.dumps([took, benchmark.estimate(case, problem) / MB]))
+    peak, ran = (_on_gpu if device == "cuda" else _on_cpu)(select, problem)
+    picks = None if ran.picks is None else ran.picks.tolist()
+    print(json.dumps([peak, benchmark.estimate(case, problem) / MB, ran.seconds, ran.said, picks]))
 
 
-def _on_cpu(select: Callable[[Problem], object], problem: Problem) -> float:
+def _on_cpu(select: Callable[[Problem], Tensor | Part], problem: Problem) -> tuple[float, Part]:
     usage = Usage(os.getpid())
-    select(problem)
-    return usage.peak
+    ran = run(select, problem)
+    return usage.peak, ran
 
 
-def _on_gpu(select: Callable[[Problem], object], problem: Problem) -> float:
+def _on_gpu(select: Callable[[Problem], Tensor | Part], problem: Problem) -> tuple[float, Part]:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    select(problem)
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / MB
+    ran = run(select, problem)
+    return (torch.cuda.max_memory_allocated() - before) / MB, ran
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def _megabytes(benchmark: Benchmark, case: Case, device: str, progress: Progress
     progress.now(str(case))
     found = memory.measure(benchmark, case, OURS, device)
     progress.step()
-    return found
+    return found.peak, found.estimate
 
 
 def _row(

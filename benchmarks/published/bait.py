@@ -37,7 +37,7 @@ BATCH_ENTRIES = 1 << 24
 WHOLE_FLOP = {"cpu": 2e11, "cuda": 1e14}
 STEP_FLOP = {"cpu": 1e12, "cuda": 1e15}
 #: The steps of the two runs by which a part is scaled, and the fewest rows: the update of A must not count among them.
-FEW, FEWEST_ROWS = (1, 2), 8
+FEW, FEWEST_ROWS = (1, 4), 8
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def backward(problem: Problem, factors: Factors, design: Design, chosen: Tensor)
 
 
 def affordable(problem: Problem, form: Form) -> Tensor | Part:
-    """The selection in whole where that is a matter of seconds, otherwise two steps, on some of the rows, scaled.
+    """The selection in whole where that is a matter of seconds, otherwise a few steps, on some of the rows, scaled.
 
     The part leaves out the backward steps, and what is labelled where it leaves out rows: it makes the whole cheaper
     than it is. Raises MemoryError where A and F have no room.

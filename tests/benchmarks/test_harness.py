@@ -38,7 +38,7 @@ def benchmark(*peers: Peer) -> Benchmark:
 @pytest.fixture
 def unweighed(monkeypatch):
     """Memory takes a process each, which the other tests need not wait for."""
-    monkeypatch.setattr(memory, "measure", lambda *_: (5.0, 10.0))
+    monkeypatch.setattr(memory, "measure", lambda *_: memory.Weighed(5.0, 10.0, Part(2.0, "")))
 
 
 def rows(case, *peers, rounds=2):
@@ -74,8 +74,10 @@ def test_a_run_keeps_what_it_found(unweighed, tmp_path, capsys):
 def test_memory_is_that_of_the_call_alone():
     """20 bytes a row at least: its number, its key, its mask; interpreter, libraries and inputs do not count."""
     (bench,) = load("random")
-    took, said = memory.measure(bench, Case(Sizes(N=2_000_000, k=10)), "ours", "cpu")
-    assert 34 < took <= said < 100
+    found = memory.measure(bench, Case(Sizes(N=2_000_000, k=10)), "ours", "cpu")
+    assert 34 < found.peak <= found.estimate < 100
+    assert found.ran.seconds > 0
+    assert len(found.ran.picks) == 10
 
 
 def test_memory_that_cannot_be_measured_is_told():
@@ -89,12 +91,23 @@ def test_ways_alternate_and_a_slow_peer_may_have_fewer_rounds(unweighed):
     def way(name):
         return lambda problem: order.append((name, problem.k)) or torch.arange(problem.k)
 
-    found = rows(Case(SIZES), Peer("a", way("a")), Peer("b", way("b"), rounds=1), rounds=3)
-    assert order == [("a", 3), ("b", 3), ("a", 6), ("b", 6), ("a", 6), ("a", 6)]
-    assert [len(each["rounds"]) for each in found["ways"]] == [3, 3, 1]
-    order.clear()
-    found = rows(Case(SIZES, rounds=1), Peer("a", way("a")), rounds=3)
-    assert [len(each["rounds"]) for each in found["ways"]] == [1, 1], "a case that takes long has fewer, too"
+    found = rows(Case(SIZES), Peer("a", way("a")), Peer("b", way("b"), rounds=2), rounds=3)
+    assert order == [("a", 3), ("b", 3), ("a", 6), ("b", 6), ("a", 6), ("b", 6), ("a", 6)]
+    assert [len(each["rounds"]) for each in found["ways"]] == [3, 3, 2]
+    found = rows(Case(SIZES, rounds=2), Peer("a", way("a")), rounds=3)
+    assert [len(each["rounds"]) for each in found["ways"]] == [2, 2], "a case that takes long has fewer, too"
+
+
+def test_the_only_round_is_the_one_in_which_memory_is_measured(unweighed):
+    order = []
+    peers = [
+        Peer(name, lambda problem: order.append(problem.k) or torch.arange(problem.k), peak=peak)
+        for name, peak in (("weighed", True), ("not", False))
+    ]
+    found = rows(Case(SIZES, rounds=1), *peers, rounds=3)
+    assert order == [3, 3, 6], "both warm up, one runs"
+    assert [(len(way["rounds"]), way["peak MB"]) for way in found["ways"]] == [(1, 5), (1, 5), (1, None)]
+    assert [way["seconds"] for way in found["ways"][:2]] == [2, 2]
 
 
 def test_a_peer_that_is_missing_or_fails_is_told_and_stops_nobody(unweighed):

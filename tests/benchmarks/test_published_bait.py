@@ -109,7 +109,7 @@ def test_what_is_too_slow_is_run_in_part_and_scaled(monkeypatch):
     monkeypatch.setattr(bait, "WHOLE_FLOP", {"cpu": 0})
     part = affordable(problem, form)
     assert isinstance(part, Part)
-    assert part.said == "2 of 8 steps, scaled"
+    assert part.said == "4 of 8 steps, scaled"
     monkeypatch.setattr(bait, "STEP_FLOP", {"cpu": 0})
     assert affordable(problem, form).said == "2 of 8 steps on 8 of 30 rows, scaled"
 
