@@ -111,7 +111,7 @@ def test_what_is_too_slow_is_run_in_part_and_scaled(monkeypatch):
     assert isinstance(part, Part)
     assert part.said == "4 of 8 steps, scaled"
     monkeypatch.setattr(bait, "STEP_FLOP", {"cpu": 0})
-    assert affordable(problem, form).said == "2 of 8 steps on 8 of 30 rows, scaled"
+    assert affordable(problem, form).said == "4 of 8 steps on 8 of 30 rows, scaled"
 
 
 def test_what_has_no_room_is_not_begun(monkeypatch):
