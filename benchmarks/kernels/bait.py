@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks import pools
 from benchmarks.case import Benchmark, Case, Scaling
-from benchmarks.published.bait import TEXT, Form, judge, peers
+from benchmarks.published.bait import TEXT, TEXT_F64, Form, judge, peers
 from queryselect_service.strategy import Sizes
 
 
@@ -30,10 +30,10 @@ def benchmark(top_classes: int | None, cuda: tuple[Case, ...] = ()) -> Benchmark
         floor=floor,
         quick=Case(Sizes(N=200, D=8, C=4, L=5, k=5), peers=(judge(form),)),
         cpu=(
-            Case(Sizes(N=10_000, D=384, C=10, L=100, k=100), ratios={TEXT: 500}),
+            Case(Sizes(N=10_000, D=384, C=10, L=100, k=100), ratios={TEXT: 500, TEXT_F64: 500}),
             Case(
                 Sizes(N=10_000, D=384, C=77, L=100, k=100),
-                ratios={TEXT: 500},
+                ratios={TEXT: 500, TEXT_F64: 500},
                 peak=8,
                 rounds=1 if top_classes is None else 3,
             ),

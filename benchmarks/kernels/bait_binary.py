@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks import pools
 from benchmarks.case import Benchmark, Case, Peer, Problem, Scaling
-from benchmarks.published.bait import TEXT, Design, Factors, Form, backward, forward_steps, judge, peers
+from benchmarks.published.bait import TEXT, TEXT_F64, Design, Factors, Form, backward, forward_steps, judge, peers
 from queryselect_service.strategy import Sizes
 
 FORM = Form(binary=True)
@@ -54,8 +54,15 @@ BENCHMARKS = (
         floor=floor,
         quick=Case(Sizes(N=500, D=16, C=4, L=5, k=10), peers=(judge(FORM),)),
         cpu=(
-            Case(Sizes(N=50_000, D=384, C=10, L=100, k=100), ratios={TEXT: 70}, ceiling=0.7, peers=(judge(FORM),)),
-            Case(Sizes(N=200_000, D=384, C=10, L=100, k=100), ratios={TEXT: 120, SINGLE: 1.5}, ceiling=0.7),
+            Case(
+                Sizes(N=50_000, D=384, C=10, L=100, k=100),
+                ratios={TEXT: 70, TEXT_F64: 70},
+                ceiling=0.7,
+                peers=(judge(FORM),),
+            ),
+            Case(
+                Sizes(N=200_000, D=384, C=10, L=100, k=100), ratios={TEXT: 120, TEXT_F64: 120, SINGLE: 1.5}, ceiling=0.7
+            ),
         ),
         cuda=tuple(
             Case(Sizes(N=1_280_000, D=384, C=100, L=1000, k=1000), dtype, ceiling=0.5)
