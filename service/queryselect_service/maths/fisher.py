@@ -1,6 +1,6 @@
 """What the strategies share that minimise tr(M^-1 F): M and F, the leader of a step, the backward phase.
 
-Everything here is float64 whatever the inputs are: gains fall by many orders of magnitude while a batch grows, and the
+All that decides is float64 whatever the inputs are: gains fall by many orders of magnitude while a batch grows, and the
 picks of every float type are to be the same.
 """
 
@@ -74,6 +74,13 @@ class Rows:
                 some = slice(start, min(start + AT_ONCE, span.stop))
                 x = room[: some.stop - some.start].copy_(self.embeddings[some])
                 yield some, x if self.scale == 1 else x.mul_(self.scale)
+
+    def read_single(self, flops: float, entries: int) -> Iterator[tuple[slice, Tensor]]:
+        """The same in float32 and without `scale`; rows that are float32 are not copied."""
+        for span in self.spans(flops, entries):
+            for start in range(span.start, span.stop, 4 * AT_ONCE):
+                some = slice(start, min(start + 4 * AT_ONCE, span.stop))
+                yield some, self.embeddings[some].float()
 
     def at(self, rows: Tensor, mass: float | None = None) -> Rows:
         """Some of the rows, with their own mass or all with the same."""

@@ -7,8 +7,9 @@ There may be L such problems at once, one per label, whose gains add up. With u 
 
 A pass over the pool is the cost of a pick. To make several picks per pass they are guessed: the rows of highest gain
 compete among themselves; then one product with all their u and ζ gives the gains that every other row had at each of
-those steps, and the guesses stand up to the first step at which another row was as good. (Huseljic et al. 2024 for the
-approximation; the guessing is ours.)
+those steps, and the guesses stand up to the first step at which another row was as good. That product may be one in
+float32, with bounds of its errors: the few rows that reach the best by them are computed in float64. (Huseljic et al.
+2024 for the approximation; the guessing is ours.)
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from queryselect_service.maths.fisher import (
     root_of,
 )
 from queryselect_service.maths.predictions import Predictions
+from queryselect_service.maths.sieve import Sieve
 
 #: Rows that compete at first: a part of all, but at least and at most so many.
 TEAM_PART, LEAST_TEAM, MOST_TEAM = 32, 256, 1024
@@ -41,6 +43,8 @@ TEAM_PART, LEAST_TEAM, MOST_TEAM = 32, 256, 1024
 DEPTH, LEAST_DEPTH, MOST_DEPTH = 16, 4, 64
 #: Entries that the products of one pass may have.
 PRODUCTS = 1 << 25
+#: Rows that may be as good as a guess by the bounds of float32, of which there are too many from here on.
+MOST_CONTENDERS = 4096
 #: Rows whose steps are replayed at once: enough for every core, few enough to stay in their caches.
 REPLAYED = 32_768
 
@@ -65,6 +69,20 @@ class _Guess:
     u: Tensor
     zeta: Tensor
     products: Tensor
+
+    def directions(self) -> Tensor:
+        """All u and ζ: (2, L, D, R)."""
+        return torch.stack([self.u, self.zeta])
+
+    @property
+    def low(self) -> Tensor:
+        """The gains (R,) from which on a row ties."""
+        return self.scores * (1 - TIE)
+
+    def beaten_by(self, gains: Tensor, rows: Tensor) -> Tensor:
+        """Whether the picks are, at their steps, by rows (m,) of gains (R, m): (R, m). A tie goes to the lower row."""
+        high = self.scores * (1 + 2 * TIE)
+        return torch.where(rows < self.rows[:, None], gains >= self.low[:, None], gains > high[:, None])
 
     def head(self, count: int) -> _Guess:
         """The first picks, without products."""
@@ -129,13 +147,13 @@ class RankOne:
 
         def information(rows: Rows) -> Tensor:
             """Σ mass σ² x xᵀ: (L, D, D)."""
-            found = self._like.new_zeros(labels, dims, dims)
+            found, room = self._like.new_zeros(labels, dims, dims), self._like.new_empty(AT_ONCE, dims)
             for span, x in rows.read(2 * labels * dims * dims, 4 * dims):
-                masses = rows.mass[span, None] * variances(rows.predictions.at(span))  # (m, L)
+                roots = (rows.mass[span, None] * variances(rows.predictions.at(span))).sqrt_()  # (m, L)
                 for label in range(labels):
-                    weighted = x * masses[:, label, None]
+                    y = torch.mul(x, roots[:, label, None], out=room[: len(x)])
                     for some in _parts(dims):  # it is symmetric
-                        found[label, some, some.start :].addmm_(weighted[:, some].T, x[:, some.start :])
+                        found[label, some, some.start :].addmm_(y[:, some].T, y[:, some.start :])
             return found.triu() + found.triu(1).mT
 
         self._numbers = torch.arange(self._pool.offset, self._pool.offset + n, device=self._like.device)
@@ -147,6 +165,7 @@ class RankOne:
             self._matrix += design.context_total(information)
         self._g, self._h = self._like.new_empty(labels, n), self._like.new_empty(labels, n)
         self._room = self._like.new_empty(0)
+        self._sieve: Sieve | None = None
         self._fresh = not design.labeled  # whether M is λI still
         self._refresh()
         self.first = self._gains()  # (n,)
@@ -165,13 +184,20 @@ class RankOne:
             self._a, self._b, self._exact = half @ half.mT, half @ middle @ half.mT, (half, middle)
         labels, dims = self._fisher.shape[:2]
         upper = middle.triu() + middle.triu(1)  # yᵀ middle y = yᵀ upper y
+        rooms = self._like.new_empty(2, AT_ONCE, dims)
         for span, x in self._rows.read(4 * labels * dims * dims, 4 * dims):
+            y, z = rooms[:, : len(x)]
             for label in range(labels):
                 # Lengths of products lose fewer digits than xᵀAx would, where A is large but not along x.
-                y = x / self._design.ridge**0.5 if half is None else _times_upper(x, half[label])
-                self._g[label, span] = y.square().sum(1)
-                self._h[label, span] = _times_upper(y, upper[label]).mul_(y).sum(1)
+                if half is None:
+                    torch.div(x, self._design.ridge**0.5, out=y)
+                else:
+                    _times_upper(x, half[label], y)
+                _times_upper(y, upper[label], z)
+                self._g[label, span], self._h[label, span] = torch.linalg.vecdot(y, y), torch.linalg.vecdot(z, y)
         self._first_g, self._first_h = self._g.clone(), self._h.clone()
+        if self._sieve is not None:
+            self._sieve = self._sieve.restarted(self._first_g, self._first_h)
 
     def _gains(self) -> Tensor:
         """Every row's gain (n,)."""
@@ -186,17 +212,23 @@ class RankOne:
         return bool(self._pool.sum(wrong.any().double()))
 
     def _guess(self, rows: Tensor, x: Tensor, *state: Tensor, picks: int) -> _Guess:
-        """Chooses among a team of rows alone. rows: (T,), ascending; x: (T, D); state: τ, g and h, (T, L) each."""
+        """Chooses among a team of rows alone, as many as rounding lets be told apart.
+
+        rows: (T,), ascending; x: (T, D); state: see _state, (T, L) each. With a sieve there may be none; without, that
+        the first can be told has been seen to.
+        """
         x = x.double() * self._rows.scale
-        tau, first_g, first_h = (each.T.double() for each in state)  # (L, T)
-        g, h, free = first_g.clone(), first_h.clone(), torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        tau, first_g, first_h, g, h = (each.T.clone() for each in state)  # (L, T)
+        if self._sieve is not None:
+            g, h = self._sieve.exact(x, first_g, first_h)
+        free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         steps = _Steps(x, self._a, self._b, self._exact, picks)
         chosen, scores, weights, errors = [], [], [], []
         for _ in range(picks):
             kept = 1 / (tau + g)
             gains = torch.where(free, (h.clamp_min(0) * kept).sum(0), -torch.inf)
             best = gains.max()
-            wrong = ROUNDING * (kept * (first_h + gains.clamp_min(0) * first_g)).sum(0)
+            wrong = _rounding(kept, gains, first_g, first_h)
             errors.append(torch.where(free & (2 * (gains + wrong) >= best), wrong, 0.0).amax() - DRIFT * best)
             at = (gains >= best - TIE * best).to(torch.int8).argmax()[None]
             chosen.append(at)
@@ -206,84 +238,134 @@ class RankOne:
             g.addcmul_(p, p, value=-1)
             h.addcmul_(p, zeta, value=-2)
             free = free.index_fill(0, at, value=False)
-        count = 1  # as many as rounding lets be told apart, but one in any case
-        if picks > 1:
-            count += int((torch.stack(errors[1:]) <= 0).cumprod(0).sum())
-        at = torch.cat(chosen[:count])
+        told = torch.stack(errors) <= 0
+        if self._sieve is None:
+            told[0] = True
+        count = int(told.cumprod(0).sum())
+        at = torch.cat(chosen)[:count]
         u, zeta = steps.u[..., :count], steps.zeta[..., :count]
-        return _Guess(rows[at], torch.cat(scores[:count]), x[at], tau[:, at].rsqrt(), u, zeta, u[:0])
+        return _Guess(rows[at], torch.cat(scores)[:count], x[at], tau[:, at].rsqrt(), u, zeta, u[:0])
 
     def _projected(self, guess: _Guess) -> Iterator[slice]:
         """Multiplies all rows with all directions; yields stretches of rows as they are done."""
         labels, dims, picks = guess.u.shape
-        directions = torch.stack([guess.u, guess.zeta]).permute(0, 3, 1, 2).reshape(-1, dims)  # (2 R L, D)
+        directions = guess.directions().permute(0, 3, 1, 2).reshape(-1, dims).to(self._room.dtype)  # (2 R L, D)
         guess.products = self._room[: len(directions) * len(self._rows)].view(2, picks, labels, -1)
         flat, done = guess.products.view(len(directions), -1), 0
-        for some, x in self._rows.read(4 * picks * labels * dims, dims + 16 * picks * labels):
+        read = self._rows.read if self._sieve is None else self._rows.read_single
+        for some, x in read(4 * picks * labels * dims, dims + 16 * picks * labels):
             torch.mm(directions, x.T, out=flat[:, some])
             if some.stop - done >= REPLAYED or some.stop == len(self._rows):
                 yield slice(done, some.stop)
                 done = some.stop
 
-    def _accepted(self, guess: _Guess, free: Tensor) -> int:
-        """How many of the picks stand: up to the first at whose step another row had as much, or more."""
-        picks = len(guess.rows)
-        low, high = guess.scores * (1 - TIE), guess.scores * (1 + 2 * TIE)  # (R,)
-        others = free.clone()
-        here = guess.rows - self._pool.offset
-        others[here[(here >= 0) & (here < len(free))]] = False
-        beaten = torch.zeros(picks, dtype=torch.bool, device=guess.rows.device)
+    def _replayed(self, guess: _Guess, others: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The gains (R, s) of stretches of rows at every step, and where they are none, (s,); at least, with a sieve.
+
+        others: (n,), the rows that are compared; gains of others are 0.
+        """
         for some in self._projected(guess):
-            h, gains = self._h[:, some].clone(), self._h.new_empty(picks, some.stop - some.start)  # (R, s)
+            h, gains = self._h[:, some].clone(), self._h.new_empty(len(guess.rows), some.stop - some.start)  # (R, s)
             below = self._g[:, some] + torch.where(others[some], self.inverse_variance[:, some], torch.inf)  # τ + g
-            for step in range(picks):
-                p, zeta = guess.products[:, step, :, some]
+            if self._sieve is not None:
+                wrong_g, wrong_h = self._sieve.errors(some, guess.directions(), guess.products[1, ..., some])
+                h += wrong_h
+                below -= wrong_g
+            for step, (p, zeta) in enumerate(zip(*guess.products[..., some], strict=True)):
                 if len(h) == 1:
                     torch.div(h[0], below[0], out=gains[step])
                 else:
                     gains[step] = (h.clamp_min(0) / below).sum(0)
                 below.addcmul_(p, p, value=-1)
                 h.addcmul_(p, zeta, value=-2)
-            near = gains.amax(1) >= low
-            if bool(near.any()):  # a tie, which goes to the lower row, or more
-                lower = self._numbers[some] < guess.rows[:, None]
-                better = torch.where(lower, gains >= low[:, None], gains > high[:, None])
-                beaten |= (better & others[some]).any(1)
+            yield some, gains, (below <= 0).any(0)
+
+    def _accepted(self, guess: _Guess, free: Tensor) -> int:
+        """How many of the picks stand: up to the first at whose step another row had as much, or more."""
+        others = free.clone()
+        here = guess.rows - self._pool.offset
+        others[here[(here >= 0) & (here < len(free))]] = False
+        if self._sieve is not None:
+            return self._sifted(guess, others, self._sieve)
+        beaten = torch.zeros(len(guess.rows), dtype=torch.bool, device=guess.rows.device)
+        for some, gains, _ in self._replayed(guess, others):
+            if bool((gains.amax(1) >= guess.low).any()):  # a tie, which goes to the lower row, or more
+                beaten |= (guess.beaten_by(gains, self._numbers[some]) & others[some]).any(1)
+        return self._standing(beaten)
+
+    def _standing(self, beaten: Tensor) -> int:
+        """How many picks there are before the first that is beaten (R,), in any slice."""
         return int((self._pool.sum(beaten.double()).cumsum(0) == 0).sum())
+
+    def _sifted(self, guess: _Guess, others: Tensor, sieve: Sieve) -> int:
+        """See _accepted; with gains in float64 of those rows alone that may be as good by their bounds."""
+        if not len(guess.rows) or not sieve.holds(guess.directions()):
+            return 0
+        picks = len(guess.rows)
+        first = torch.full_like(self._numbers, picks)  # the step at which a row may first be as good
+        for some, gains, unknown in self._replayed(guess, others):
+            at = (gains.amax(1) >= guess.low).nonzero().squeeze(1)  # the steps at which there are any
+            for step, near in zip(at.flip(0), (gains[at] >= guess.low[at, None]).flip(0), strict=True):
+                first[some] = torch.where(near, step, first[some])
+            first[some].masked_fill_(unknown & others[some], 0)
+        contenders = self._pool.sum(first.bincount(minlength=picks + 1)[:picks].double()).cumsum(0)
+        count = int((contenders <= MOST_CONTENDERS).sum())
+        rows = (first < count).nonzero().squeeze(1)
+        x, first_g, first_h = self._rows.x(rows), self._first_g[:, rows], self._first_h[:, rows]  # (m, D), (L, m)
+        g, h = sieve.exact(x, first_g, first_h)
+        p, q = x @ guess.directions()[..., :count]  # (L, m, count)
+        # What earlier steps took, without the step's own.
+        g = g[..., None] - (p.square().cumsum(2) - p.square())
+        h = h[..., None] - 2 * ((p * q).cumsum(2) - p * q)
+        kept = 1 / (self.inverse_variance[:, rows, None] + g)
+        gains = (h.clamp_min(0) * kept).sum(0)  # (m, count)
+        wrong, best = _rounding(kept, gains, first_g[..., None], first_h[..., None]), guess.scores[:count]
+        unsure = (2 * (gains + wrong) >= best) & (wrong > DRIFT * best)
+        return self._standing((guess.head(count).beaten_by(gains.T, self._numbers[rows]) | unsure.T).any(1))
 
     def _advance(self, guess: _Guess, count: int) -> None:
         """Makes the first picks count."""
-        u, zeta = guess.u[..., :count], guess.zeta[..., :count]
+        u, zeta = directions = guess.directions()[..., :count]
         self._a -= u @ u.mT
         self._b -= u @ zeta.mT + zeta @ u.mT
         weighted = guess.x[:count] * guess.weights[..., :count, None]  # (L, r, D)
         self._matrix += weighted.mT @ weighted
         self._fresh, self._exact = False, None
-        labels = len(self._g)
-        for some in self._rows.spans(0, 4 * count * labels):
+        for some in self._rows.spans(0, 8 * count * len(self._g)):
             p, z = guess.products[:, :count, :, some]
             self._g[:, some] -= p.square().sum(0)
             self._h[:, some] -= 2 * (p * z).sum(0)
+            if self._sieve is not None:
+                self._sieve.count(some, z)
+        if self._sieve is not None:
+            self._sieve.advance(directions)
 
     def forward(self, choice: Choice) -> Forward:
         """Chooses."""
         pool, made = self._pool, 0
-        most = min(MOST_DEPTH, max(1, PRODUCTS // (2 * len(self._fisher) * max(1, pool.size))))
+        most = 1 if choice.limited else min(MOST_DEPTH, max(1, PRODUCTS // (2 * len(self._fisher) * max(1, pool.size))))
         depth, team = min(DEPTH, most), max(LEAST_TEAM, min(MOST_TEAM, pool.size // TEAM_PART))
-        # Had once: memory that is new takes longer to have than to fill.
-        self._room = self._like.new_empty(2 * (1 if choice.limited else most) * self._g.numel())
+        if not choice.limited:
+            self._sieve = Sieve.of(self._rows, self._first_g, self._first_h, most)
+        self._make_room(most)
         taken: list[_Guess] = []
         while made < choice.steps:
             pool.progress(made, choice.steps)
             gains = self._gains()
-            if self._drifted(gains, choice.free):
+            if self._sieve is None and self._drifted(gains, choice.free):
                 self._refresh()
                 gains = self._gains()
-            wanted, count = 1 if choice.limited else min(depth, choice.steps - made), 0
-            if wanted > 1:
+            wanted, count = min(depth, choice.steps - made), 0
+            if wanted > 1 or self._sieve is not None:
                 guess = self._guess_several(choice, gains, team, wanted)
                 count = self._accepted(guess, choice.free)
                 depth = min(most, max(LEAST_DEPTH, 2 * depth if count == wanted else int(1.3 * count) + 2))
+                if not count and self._sieve is not None:  # errors have grown too large; float32's, if they were new
+                    if self._sieve.served < MOST_DEPTH:
+                        self._sieve = None
+                        self._make_room(most)
+                    self._refresh()
+                    continue
             if not count:  # one pick: limits may forbid the next, or a row beyond the team is as good as its best
                 row, score, *found = leader(choice, gains, *self._state())
                 if choice.ends(score):
@@ -303,6 +385,12 @@ class RankOne:
         entries = torch.cat([torch.cat([each.x, each.weights.T], dim=1) for each in taken] or [none[:, None]])
         return Forward(rows.long(), scores, entries, 1, lambda: self._matrices(taken))
 
+    def _make_room(self, most: int) -> None:
+        """Memory for the products of so many picks, had once: what is new takes longer to have than to fill."""
+        self._room = self._like.new_empty(0)
+        single = torch.float64 if self._sieve is None else torch.float32
+        self._room = self._like.new_empty(2 * most * self._g.numel(), dtype=single)
+
     def _guess_several(self, choice: Choice, gains: Tensor, team: int, picks: int) -> _Guess:
         """The next picks among the rows of highest gain."""
         _, _, *found = self._pool.top(gains, team, choice.free, self._numbers, *self._state())
@@ -310,8 +398,9 @@ class RankOne:
         return self._guess(*(each[order] for each in found), picks=picks)
 
     def _state(self) -> tuple[Tensor, ...]:
-        """What a guess needs of a row: its embedding, τ, g and h, (n, D) and (n, L)."""
-        return self._rows.embeddings, self.inverse_variance.T, self._g.T, self._h.T
+        """What a guess needs of a row: its embedding (n, D), τ, g and h at first, g and h (n, L) each."""
+        state = self.inverse_variance, self._first_g, self._first_h, self._g, self._h
+        return self._rows.embeddings, *(each.T for each in state)
 
     def _matrices(self, taken: list[_Guess]) -> tuple[Tensor, Tensor]:
         """Λ and Φ (L, m, m)."""
@@ -323,25 +412,28 @@ class RankOne:
         return root, u.mT @ self._fisher @ u
 
 
+def _rounding(kept: Tensor, gains: Tensor, first_g: Tensor, first_h: Tensor) -> Tensor:
+    """How wrong rounding may have made gains of rows, since g and h were first_g and first_h. kept: 1/(τ + g)."""
+    return ROUNDING * (kept * (first_h + gains.clamp_min(0) * first_g)).sum(0)
+
+
 def _parts(size: int) -> list[slice]:
     """Parts of a side of a triangle, so that products leave most of its empty half out."""
     step = max(32, -(-size // 4))
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _times_upper(x: Tensor, upper: Tensor) -> Tensor:
-    """X (m, D) times an upper triangular matrix (D, D)."""
-    found = torch.empty_like(x)
+def _times_upper(x: Tensor, upper: Tensor, out: Tensor) -> None:
+    """Writes X (m, D) times an upper triangular matrix (D, D) into out (m, D)."""
     for some in _parts(len(upper)):
-        torch.mm(x[:, : some.stop], upper[: some.stop, some], out=found[:, some])
-    return found
+        torch.mm(x[:, : some.stop], upper[: some.stop, some], out=out[:, some])
 
 
 def memory(n: int, dims: int, labels: int, steps: int, drops: int) -> int:
     """Bytes that the forward and the backward phase take at the most, for n rows and L labels. drops: of the latter."""
     depth = min(MOST_DEPTH, max(1, PRODUCTS // (2 * labels * max(1, n))))
     team = min(n, max(LEAST_TEAM, min(MOST_TEAM, n // TEAM_PART)))
-    rows = n * (7 * labels + 8 + 2 * labels * depth) + 2 * team * (dims + labels * (dims + depth))
+    rows = n * (8 * labels + 9 + 2 * labels * depth) + 2 * team * (dims + labels * (dims + depth))
     matrices = 10 * labels * dims * dims + steps * dims * (1 + 2 * labels)
     matrices += labels * backward_entries(steps, drops, 1)
     return 8 * (rows + matrices + 5 * min(n, AT_ONCE) * dims)
