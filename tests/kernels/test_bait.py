@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from queryselect import InvalidInput
-from queryselect_service.maths import class_blocks
+from queryselect_service.maths import class_blocks, sieve
 from queryselect_service.maths import fisher as maths_fisher
 from tests.kernels import fisher
 from tests.kernels.fisher import Design
@@ -147,6 +147,14 @@ class TestBaitPerLabel(FisherCase):
 
     def information(self, inputs):
         return fisher.labels(inputs["embeddings"], inputs["probabilities"])
+
+
+class TestBaitPerLabelBySieve(TestBaitPerLabel):
+    """Where inputs are not float64, few rows are computed in it."""
+
+    @pytest.fixture(autouse=True)
+    def always(self, monkeypatch):
+        monkeypatch.setattr(sieve, "LEAST_ENTRIES", 0)
 
 
 class TestBaitWithoutMatrices(TestBait):
