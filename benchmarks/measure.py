@@ -67,7 +67,7 @@ class Way:
     def weigh(self, benchmark: Benchmark, case: Case, device: str) -> None:
         """Measures the memory, in a process of its own; the run counts where there is no other."""
         try:
-            found = memory.measure(benchmark, case, self.name, device)
+            found = memory.measure(benchmark, case, self.name, device, once=not self.seconds)
         except RuntimeError as error:
             self.trouble = f"memory not measured: {error}"
         else:

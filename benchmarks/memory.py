@@ -32,8 +32,11 @@ class Weighed:
     ran: Part
 
 
-def measure(benchmark: Benchmark, case: Case, way: str, device: str) -> Weighed:
-    """Runs `way`, ours or the name of a peer. Raises RuntimeError where the process failed."""
+def measure(benchmark: Benchmark, case: Case, way: str, device: str, *, once: bool = False) -> Weighed:
+    """Runs `way`, ours or the name of a peer. Raises RuntimeError where the process failed.
+
+    once: what the run took counts too, so that its allocator is the one that everybody has, which takes less time.
+    """
     told = [
         benchmark.strategy,
         benchmark.title,
@@ -43,7 +46,7 @@ def measure(benchmark: Benchmark, case: Case, way: str, device: str) -> Weighed:
         device,
     ]
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(told)]
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    env = os.environ if once else os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError((ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1])

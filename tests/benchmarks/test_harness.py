@@ -38,7 +38,7 @@ def benchmark(*peers: Peer) -> Benchmark:
 @pytest.fixture
 def unweighed(monkeypatch):
     """Memory takes a process each, which the other tests need not wait for."""
-    monkeypatch.setattr(memory, "measure", lambda *_: memory.Weighed(5.0, 10.0, Part(2.0, "")))
+    monkeypatch.setattr(memory, "measure", lambda *_, **__: memory.Weighed(5.0, 10.0, Part(2.0, "")))
 
 
 def rows(case, *peers, rounds=2):
