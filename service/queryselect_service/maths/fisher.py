@@ -286,10 +286,10 @@ class _Backward:
         self._pool, self._columns, self._room = pool, forward.columns, max(1, room)
         # (m,), the same for the same entries
         _, self._kind = forward.entries.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
-        root, fisher = forward.matrices()
+        matrices = [*forward.matrices()]  # by no other name, so that each goes when it is read
         # Kept where there is room for them, to start again from what no step has touched.
-        self._kept = (root, fisher) if root.shape[-1] <= KEPT else None
-        self._start(torch.arange(len(forward.rows), device=forward.rows.device), [root, fisher])
+        self._kept = (matrices[0], matrices[1]) if matrices[0].shape[-1] <= KEPT else None
+        self._start(torch.arange(len(forward.rows), device=forward.rows.device), matrices)
 
     def _start(self, left: Tensor, matrices: list[Tensor]) -> None:
         """Q and J of the picks that are left (r,). matrices: their Λ and Φ; emptied, so that each goes when read."""
