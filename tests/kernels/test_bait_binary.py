@@ -106,7 +106,7 @@ def narrow(seed: int, rows: int = 300, dims: int = 6) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("most", [0, 1, 20, 4096])
 @pytest.mark.parametrize("labeled", [[], [3, 50, 51, 70, 200, 201, 202]], ids=len)
 def test_float32_only_finds_the_rows_that_float64_decides_on(local, monkeypatch, sifted, most, labeled):
-    """However few rows may be computed in float64, and however wrong products are within their bounds."""
+    """However few rows may be computed in float64 before all are."""
     monkeypatch.setattr(rank_one, "MOST_CONTENDERS", most)
     monkeypatch.setattr(rank_one, "LEAST_TEAM", 20)
     monkeypatch.setattr(rank_one, "MOST_TEAM", 20)

@@ -44,7 +44,7 @@ def test_what_float32_makes_of_g_and_h_is_within_the_bounds(dtype, offset, lengt
         directions = torch.stack([u[..., some], zeta[..., some]])
         assert found.holds(directions)
         products = (x.float() @ directions.float()).permute(0, 3, 1, 2)  # (2, R, L, N)
-        wrong_g, wrong_h = found.errors(every, directions, products[1])
+        wrong_g, wrong_h = found.errors(found.until(directions), every, products[1])
         g -= products[0].square().sum(0)
         h -= 2 * (products[0] * products[1]).sum(0)
         found.count(every, products[1])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -205,8 +206,7 @@ class RankOne:
 
     def _drifted(self, gains: Tensor, free: Tensor) -> bool:
         """Whether rounding could have made a row's gain wrong that may be the best."""
-        kept = ROUNDING / (self.inverse_variance + self._g)
-        errors = (kept * self._first_h).sum(0) + gains * (kept * self._first_g).amax(0)
+        errors = _rounding(1 / (self.inverse_variance + self._g), gains, self._first_g, self._first_h)
         _, best = self._pool.best(torch.where(free, gains, -torch.inf))
         wrong = free & (errors > DRIFT * best) & (2 * (gains + errors) >= best)
         return bool(self._pool.sum(wrong.any().double()))
@@ -264,11 +264,13 @@ class RankOne:
 
         others: (n,), the rows that are compared; gains of others are 0.
         """
+        sieve = self._sieve
+        errors = None if sieve is None else partial(sieve.errors, sieve.until(guess.directions()))
         for some in self._projected(guess):
             h, gains = self._h[:, some].clone(), self._h.new_empty(len(guess.rows), some.stop - some.start)  # (R, s)
             below = self._g[:, some] + torch.where(others[some], self.inverse_variance[:, some], torch.inf)  # τ + g
-            if self._sieve is not None:
-                wrong_g, wrong_h = self._sieve.errors(some, guess.directions(), guess.products[1, ..., some])
+            if errors is not None:
+                wrong_g, wrong_h = errors(some, guess.products[1, ..., some])
                 h += wrong_h
                 below -= wrong_g
             for step, (p, zeta) in enumerate(zip(*guess.products[..., some], strict=True)):
@@ -388,8 +390,8 @@ class RankOne:
     def _make_room(self, most: int) -> None:
         """Memory for the products of so many picks, had once: what is new takes longer to have than to fill."""
         self._room = self._like.new_empty(0)
-        single = torch.float64 if self._sieve is None else torch.float32
-        self._room = self._like.new_empty(2 * most * self._g.numel(), dtype=single)
+        dtype = torch.float64 if self._sieve is None else torch.float32
+        self._room = self._like.new_empty(2 * most * self._g.numel(), dtype=dtype)
 
     def _guess_several(self, choice: Choice, gains: Tensor, team: int, picks: int) -> _Guess:
         """The next picks among the rows of highest gain."""

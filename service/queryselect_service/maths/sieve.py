@@ -62,13 +62,15 @@ class Sieve:
         lengths = directions.norm(dim=2)
         return bool(((lengths >= SHORTEST) & (lengths <= LONGEST)).all())
 
-    def errors(self, some: slice, directions: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-        """How wrong g and h of some rows may be until the last of more directions.
-
-        directions: (2, L, D, R). products: (R, L, m), those of the rows with ζ, in float32.
-        """
+    def until(self, directions: Tensor) -> Tensor:
+        """E_u and E_ζ until the last of more directions (2, L, D, R): (2, L, 1)."""
         every = torch.cat([self._directions, directions], dim=3).norm(dim=2)  # (2, L, t + R)
-        e_u, e_zeta = self._product * every.norm(dim=2, keepdim=True)  # (L, 1) each
+        found: Tensor = self._product * every.norm(dim=2, keepdim=True)
+        return found
+
+    def errors(self, until: Tensor, some: slice, products: Tensor) -> tuple[Tensor, Tensor]:
+        """How wrong g and h of some rows may be. until: see there. products: (R, L, m), in float32, those with ζ."""
+        e_u, e_zeta = until
         x, p = self._lengths[some], self._first_g[:, some].sqrt()
         q = (self._squares[:, some] + products.square().sum(0)).mul_(1 + 2 * self._sum).sqrt_().add_(x * e_zeta)
         p_wrong, q_wrong = x * e_u, x * e_zeta
