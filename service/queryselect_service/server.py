@@ -24,6 +24,7 @@ from queryselect.v1 import (
     strategy_pb2,
     strategy_pb2_grpc,
 )
+from queryselect_service import allocator
 from queryselect_service.engine import Engine
 from queryselect_service.metrics import Metrics
 from queryselect_service.service import Service
@@ -180,6 +181,7 @@ def run(settings: Settings) -> None:
     if level not in logging.getLevelNamesMapping():
         known = ", ".join(logging.getLevelNamesMapping())
         raise ValueError(f"log_level must be one of {known}; it is {settings.log_level!r}")
+    allocator.share_heaps()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     log.info("settings\n%s", settings)
     stop = threading.Event()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 import time
@@ -24,7 +23,7 @@ from queryselect.v1 import (
     strategy_pb2,
     strategy_pb2_grpc,
 )
-from queryselect_service import status, wire
+from queryselect_service import allocator, status, wire
 from queryselect_service.checks import check_request_id
 from queryselect_service.engine import Call
 from queryselect_service.errors import Busy, ServiceError, Unavailable
@@ -134,7 +133,7 @@ class Frontend:
             self.metrics.duration.labels(rpc, visit.strategy).observe(seconds)
             log.info("%s %s %s %s %.1f ms", call.request_id, rpc, visit.strategy or "-", code.name, seconds * 1e3)
             if visit.call.reserved >= TRIM_BYTES:
-                give_back()
+                allocator.give_back()
 
     def name(self, visit: Visit, request_id: str) -> None:
         """Gives the RPC the id that its caller chose, if any. Raises InvalidInput for what can't be one."""
@@ -187,13 +186,6 @@ def ended_after(seconds: float, context: grpc.ServicerContext) -> Iterator[None]
         yield
     finally:
         timer.cancel()
-
-
-def give_back() -> None:
-    """Gives freed memory back to the system: glibc keeps it otherwise, in pieces of up to 32 MB for every thread."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim is not None:
-        trim(0)
 
 
 def _strategy(request: selection_pb2.SelectRequest) -> str:
