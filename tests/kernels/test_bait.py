@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from queryselect import InvalidInput
-from queryselect_service.maths import class_blocks, sieve
+from queryselect_service.maths import class_blocks, class_inverse, sieve
 from queryselect_service.maths import fisher as maths_fisher
 from tests.kernels import fisher
 from tests.kernels.fisher import Design
@@ -175,6 +175,14 @@ class TestBaitWithoutMatrices(TestBait):
         np.testing.assert_allclose(got.scores, scores, rtol=1e-8)
 
 
+class TestBaitThatReadsRowsEachTime(TestBaitWithoutMatrices):
+    """The same where there are too many rows for their factors to be kept."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_kept(self, monkeypatch):
+        monkeypatch.setattr(class_inverse, "READY", 0)
+
+
 @pytest.mark.parametrize("name", ["bait", "bait_binary"])
 def test_identical_rows_leave_by_number_however_small_the_ridge(local, name):
     """Where rounding tells them apart: of those that are as good as each other the highest is dropped first."""
@@ -201,14 +209,16 @@ def test_picks_do_not_depend_on_when_matrices_are_changed(local, monkeypatch, na
     np.testing.assert_allclose(often.scores, once.scores, rtol=1e-12)
 
 
-@pytest.mark.parametrize("written", [True, False], ids=["dense", "free"])
+@pytest.mark.parametrize("how", ["dense", "free", "free, with rows read each time"])
 @pytest.mark.parametrize(
     ("classes", "top", "renormalize"), [(2, None, True), (2, 1, True), (5, 3, False), (5, 4, True)]
 )
-def test_any_number_of_classes(local, monkeypatch, written, classes, top, renormalize):
-    if not written:
+def test_any_number_of_classes(local, monkeypatch, how, classes, top, renormalize):
+    if how != "dense":
         monkeypatch.setattr(class_blocks, "SMALL_SIDE", 0)
         monkeypatch.setattr(class_blocks, "LARGE_SIDE", 0)
+    if how == "free, with rows read each time":
+        monkeypatch.setattr(class_inverse, "READY", 0)
     inputs, context = pool(np.random.default_rng(classes), classes=classes), np.array([3, 9, 11])
     information = fisher.top_classes(top, renormalize=renormalize) if top else fisher.all_classes
     design = Design(inputs["embeddings"], information(**inputs), 6, context)

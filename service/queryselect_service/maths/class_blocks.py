@@ -26,7 +26,7 @@ from torch import Tensor
 from queryselect_service.choice import Choice
 from queryselect_service.maths.class_factors import ENTRY, written
 from queryselect_service.maths.class_gains import Gains
-from queryselect_service.maths.class_inverse import READY, READY_FACTORS, Dense, Free, Inverse, Make, Reader, Taken
+from queryselect_service.maths.class_inverse import READY, Dense, Free, Inverse, Make, Reader, Taken, ready_entries
 from queryselect_service.maths.fisher import (
     DRIFT,
     Design,
@@ -223,7 +223,7 @@ def memory(n: int, dims: int, classes: int, columns: int, context: int, steps: i
     drops: picks of the backward phase.
     """
     how, side, size = plan(n, dims, classes, columns, context, steps), dims * classes, steps * columns
-    ready = min(READY, n * (dims + READY_FACTORS * classes)) * (1 if how.sample == n else 2)
+    ready = min(READY, n * ready_entries(dims, classes, columns)) * (1 if how.sample == n else 2)
     borrowed = 0 if how.dense else context
     kept = 2 * size * side if how.dense else (borrowed + steps) * (dims + columns * classes)
     root = size**2 + columns**2 * borrowed * (borrowed + steps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from queryselect_service.errors import InvalidInput
-from queryselect_service.maths.class_factors import ENTRY, Factors, between
+from queryselect_service.maths.class_factors import ENTRY, Factors, Written, between, written
 from queryselect_service.maths.fisher import (
     DRIFT,
     FLOPS_PER_BYTE,
@@ -27,6 +27,8 @@ from queryselect_service.maths.growing_root import GrowingRoot
 PAIRED = 2048
 #: Float64 entries up to which rows and their factors are kept ready, and how many of a row's factors' are per class.
 READY, READY_FACTORS = 1 << 23, 4
+#: Columns up to which products are faster with factors that are written out.
+WRITTEN = 16
 #: The error of a gain, as a part of the best, from which on there is no answer, where nothing can be computed anew.
 LOST = 1e-8
 
@@ -41,8 +43,13 @@ class Reader:
         """index: (m,) which of the rows, all by default."""
         self.rows, self._make, self._index = rows, make, index
         self._size = len(rows) if index is None else len(index)
-        entries = rows.embeddings.shape[1] + READY_FACTORS * rows.predictions.shape[1]
-        self._ready = None if self._size * entries > READY else self._made(slice(0, self._size))
+        dims, classes = rows.embeddings.shape[1], rows.predictions.shape[1]
+        self._ready: tuple[Tensor, Factors] | None = None
+        if self._size * ready_entries(dims, classes, 0) <= READY:
+            x, factors = self._made(slice(0, self._size))
+            if factors.columns <= WRITTEN and self._size * ready_entries(dims, classes, factors.columns) <= READY:
+                factors = Written(factors, written(factors, self._size, x))
+            self._ready = x, factors
 
     def __len__(self) -> int:
         return self._size
@@ -56,6 +63,11 @@ class Reader:
     def _made(self, span: slice) -> tuple[Tensor, Factors]:
         at = span if self._index is None else self._index[span]
         return self.rows.x(at), self._make(self.rows.predictions[at])
+
+
+def ready_entries(dims: int, classes: int, columns: int) -> int:
+    """How many entries a row has that is kept ready, with that many columns written out if they are few."""
+    return dims + (READY_FACTORS + (columns if columns <= WRITTEN else 0)) * classes
 
 
 @dataclass(frozen=True)
@@ -290,7 +302,7 @@ class Free(Inverse):
         for span, x, factors, inner in self.products(some, u):
             if p is not None:
                 p[span] = inner
-            outer = factors.times(inner).mul_(some.rows.mass[span, None, None])  # (m, r, C)
+            outer = factors.times(inner.mul_(some.rows.mass[span, None, None]))  # (m, r, C)
             found.view(-1, self.dims).addmm_(outer.flatten(1).T, x)
         return found
 
