@@ -79,6 +79,41 @@ def test_gains_that_fall_far_within_a_pass_keep_their_digits(local, seed):
     np.testing.assert_allclose(got.scores, scores, rtol=1e-8)
 
 
+class TestBaitBinaryOfManyDimensions(TestBaitBinary):
+    """Where eigenvectors would take too long between two checks."""
+
+    @pytest.fixture(autouse=True)
+    def never(self, monkeypatch):
+        monkeypatch.setattr(rank_one, "TURNED", 0)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [3, 0, 4, 1, 5, 2]], ids=str)
+def test_rows_of_small_features_keep_their_digits_beside_large_ones(local, order):
+    """Candidates that lie in directions where the pool's information is 1e-16 of what it is elsewhere."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 6)) * [1, 1, 1, 1e-8, 1e-8, 1e-8]
+    x[20:, :3] = 0
+    x = x[:, order]
+    p = fisher.softmax(rng.standard_normal((40, 3)))
+    variance = p.max(1) * (1 - p.max(1))
+    context, ridge = [0, 1], 1e-2
+    pool_fisher = (x.T * variance) @ x / len(x)
+    a = np.linalg.inv(ridge * np.eye(6) + (x[context].T * variance[context]) @ x[context] / 3)
+    got = local.select(
+        "bait_binary",
+        1,
+        embeddings=x,
+        probabilities=p,
+        labeled=context,
+        candidates=range(20, 40),
+        params={"ridge": ridge, "ridge_scale": "ABSOLUTE", "oversampling": 1},
+    )
+    (row,) = got.indices
+    ax = a @ x[row]
+    gain = variance[row] / 3 * (ax @ pool_fisher @ ax) / (1 + variance[row] / 3 * (x[row] @ ax))
+    np.testing.assert_allclose(got.scores, [gain], rtol=1e-8)
+
+
 @pytest.fixture
 def sifted(monkeypatch):
     """How many picks stood every time that a sieve was used."""

@@ -47,7 +47,12 @@ PRODUCTS = 1 << 25
 #: Rows that may be as good as a guess by the bounds of float32, of which there are too many from here on.
 MOST_CONTENDERS = 4096
 #: Rows whose steps are replayed at once: enough for every core, few enough to stay in their caches.
-REPLAYED = 32_768
+REPLAYED = 65_536
+
+#: The most dimensions whose eigenvectors are a matter of 100 ms.
+TURNED = 768
+#: The part of the largest eigenvalue below which rounding leaves too few digits of a sum of others.
+SMALL = 2.0**-8
 
 #: What the picks' matrices are made of, and along which dimension picks lie there.
 PARTS = (("x", 0), ("weights", 1), ("u", 2))
@@ -135,6 +140,42 @@ class _Steps:
         return self._p[..., now], self._q[..., now]
 
 
+class _Lengths:
+    """One label's g = |y|² and h = yᵀ(SᵀFS)y of rows, y = Sᵀx.
+
+    Lengths lose fewer digits than xᵀAx would, where A is large but not along x.
+    """
+
+    def __init__(self, half: Tensor, middle: Tensor, rooms: Tensor) -> None:
+        """half: S (D, D), upper triangular, A = S Sᵀ. middle: SᵀFS (D, D). rooms: (2, m, D), for m rows at once."""
+        self._half, self._rooms = half, rooms
+        self._upper = middle.triu() + middle.triu(1)  # yᵀ middle y = yᵀ upper y
+        self._turned, self._top = len(half) <= TURNED, half.new_zeros(())
+        if self._turned:
+            values, vectors = torch.linalg.eigh(middle)
+            self._top = values[-1]
+            # With SᵀFS = T diag(λ) Tᵀ and z = Tᵀy, g = Σ z² and h = Σ λ z².
+            self._turn, self._sums = half @ vectors, torch.stack([torch.ones_like(values), values.clamp_min(0)], dim=1)
+
+    def quickly(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Gives g and h (m,) of rows x (m, D), where D is not large by one product."""
+        if not self._turned:
+            return self.surely(x)
+        z = torch.mm(x, self._turn, out=self._rooms[0, : len(x)])
+        return (z.square_() @ self._sums).unbind(1)
+
+    def unsure(self, g: Tensor, h: Tensor) -> Tensor:
+        """Of which rows (n,) that loses digits: small eigenvalues are as wrong as large ones."""
+        return h < SMALL * self._top * g
+
+    def surely(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Gives the same by two products."""
+        y, z = self._rooms[:, : len(x)]
+        _times_upper(x, self._half, y)
+        _times_upper(y, self._upper, z)
+        return torch.linalg.vecdot(y, y), torch.linalg.vecdot(z, y)
+
+
 class RankOne:
     """The forward phase. Tensors of rows are (L, n), those of directions (L, D, r)."""
 
@@ -166,36 +207,32 @@ class RankOne:
             self._matrix += design.context_total(information)
         self._g, self._h = self._like.new_empty(labels, n), self._like.new_empty(labels, n)
         self._room = self._like.new_empty(0)
+        self._a, self._b = torch.empty_like(self._fisher), torch.empty_like(self._fisher)
+        self._exact: tuple[Tensor, Tensor] | None = None  # S and SᵀFS of A = S Sᵀ, before picks change it
         self._sieve: Sieve | None = None
-        self._fresh = not design.labeled  # whether M is λI still
         self._refresh()
         self.first = self._gains()  # (n,)
 
     def _refresh(self) -> None:
         """Computes A, B, g and h anew from M."""
-        if self._fresh:
-            ridge = self._design.ridge
-            self._a = torch.eye(self._fisher.shape[-1], dtype=torch.float64, device=self._like.device) / ridge
-            self._a = self._a.expand_as(self._fisher).clone()
-            half, middle = None, self._fisher / ridge
-            self._b, self._exact = middle / ridge, None
-        else:
-            half = inverse_of_root(root_of(self._matrix, self._pool), self._pool).mT  # S, A = S Sᵀ
-            middle = half.mT @ self._fisher @ half
-            self._a, self._b, self._exact = half @ half.mT, half @ middle @ half.mT, (half, middle)
-        labels, dims = self._fisher.shape[:2]
-        upper = middle.triu() + middle.triu(1)  # yᵀ middle y = yᵀ upper y
-        rooms = self._like.new_empty(2, AT_ONCE, dims)
+        half = inverse_of_root(root_of(self._matrix, self._pool), self._pool).mT  # S, A = S Sᵀ
+        self._exact = half, torch.empty_like(half)
+        labels, dims = half.shape[:2]
+        lengths, rooms = [], self._like.new_empty(2, AT_ONCE, dims)
+        for label, (s, middle) in enumerate(zip(*self._exact, strict=True)):
+            self._pool.check()
+            torch.mm(s.T @ self._fisher[label], s, out=middle)
+            self._a[label], self._b[label] = s @ s.T, s @ middle @ s.T
+            lengths.append(_Lengths(s, middle, rooms))
         for span, x in self._rows.read(4 * labels * dims * dims, 4 * dims):
-            y, z = rooms[:, : len(x)]
-            for label in range(labels):
-                # Lengths of products lose fewer digits than xᵀAx would, where A is large but not along x.
-                if half is None:
-                    torch.div(x, self._design.ridge**0.5, out=y)
-                else:
-                    _times_upper(x, half[label], y)
-                _times_upper(y, upper[label], z)
-                self._g[label, span], self._h[label, span] = torch.linalg.vecdot(y, y), torch.linalg.vecdot(z, y)
+            for label, of in enumerate(lengths):
+                self._g[label, span], self._h[label, span] = of.quickly(x)
+        for of, g, h in zip(lengths, self._g, self._h, strict=True):
+            unsure = of.unsure(g, h).nonzero().squeeze(1)
+            for start in range(0, len(unsure), AT_ONCE):
+                self._pool.check()
+                few = unsure[start : start + AT_ONCE]
+                g[few], h[few] = of.surely(self._rows.x(few))
         self._first_g, self._first_h = self._g.clone(), self._h.clone()
         if self._sieve is not None:
             self._sieve = self._sieve.restarted(self._first_g, self._first_h)
@@ -260,19 +297,22 @@ class RankOne:
                 done = some.stop
 
     def _replayed(self, guess: _Guess, others: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The gains (R, s) of stretches of rows at every step, and where they are none, (s,); at least, with a sieve.
+        """The gains (R, s) of stretches of rows at every step, and where they are none, (s,).
 
-        others: (n,), the rows that are compared; gains of others are 0.
+        They have the products' type; in float32 they are too high, if anything, but for the roundings of a division and
+        a sum. others: (n,), the rows that are compared; gains of others are 0.
         """
         sieve = self._sieve
-        errors = None if sieve is None else partial(sieve.errors, sieve.until(guess.directions()))
+        bounds = None if sieve is None else partial(sieve.bounds, sieve.until(guess.directions()))
         for some in self._projected(guess):
-            h, gains = self._h[:, some].clone(), self._h.new_empty(len(guess.rows), some.stop - some.start)  # (R, s)
-            below = self._g[:, some] + torch.where(others[some], self.inverse_variance[:, some], torch.inf)  # τ + g
-            if errors is not None:
-                wrong_g, wrong_h = errors(some, guess.products[1, ..., some])
-                h += wrong_h
-                below -= wrong_g
+            below, h = self._g[:, some] + self.inverse_variance[:, some], self._h[:, some]  # τ + g
+            if bounds is None:
+                h, strange = h.clone(), torch.zeros_like(others[some])
+            else:
+                below, h, strange = bounds(some, guess.products[1, ..., some], below, h)
+                h.masked_fill_(strange, 0)
+            below.masked_fill_(~others[some], torch.inf)
+            gains = h.new_empty(len(guess.rows), some.stop - some.start)
             for step, (p, zeta) in enumerate(zip(*guess.products[..., some], strict=True)):
                 if len(h) == 1:
                     torch.div(h[0], below[0], out=gains[step])
@@ -280,7 +320,7 @@ class RankOne:
                     gains[step] = (h.clamp_min(0) / below).sum(0)
                 below.addcmul_(p, p, value=-1)
                 h.addcmul_(p, zeta, value=-2)
-            yield some, gains, (below <= 0).any(0)
+            yield some, gains, strange | (below <= 0).any(0)
 
     def _accepted(self, guess: _Guess, free: Tensor) -> int:
         """How many of the picks stand: up to the first at whose step another row had as much, or more."""
@@ -301,13 +341,13 @@ class RankOne:
 
     def _sifted(self, guess: _Guess, others: Tensor, sieve: Sieve) -> int:
         """See _accepted; with gains in float64 of those rows alone that may be as good by their bounds."""
-        if not len(guess.rows) or not sieve.holds(guess.directions()):
+        if not len(guess.rows) or not sieve.holds(guess.directions(), guess.scores):
             return 0
-        picks = len(guess.rows)
+        picks, low = len(guess.rows), (guess.low * (1 - sieve.division)).float()
         first = torch.full_like(self._numbers, picks)  # the step at which a row may first be as good
         for some, gains, unknown in self._replayed(guess, others):
-            at = (gains.amax(1) >= guess.low).nonzero().squeeze(1)  # the steps at which there are any
-            for step, near in zip(at.flip(0), (gains[at] >= guess.low[at, None]).flip(0), strict=True):
+            at = (~(gains.amax(1) < low)).nonzero().squeeze(1)  # the steps at which there are any; 0/0 may be
+            for step, near in zip(at.flip(0), (~(gains[at] < low[at, None])).flip(0), strict=True):
                 first[some] = torch.where(near, step, first[some])
             first[some].masked_fill_(unknown & others[some], 0)
         contenders = self._pool.sum(first.bincount(minlength=picks + 1)[:picks].double()).cumsum(0)
@@ -332,7 +372,7 @@ class RankOne:
         self._b -= u @ zeta.mT + zeta @ u.mT
         weighted = guess.x[:count] * guess.weights[..., :count, None]  # (L, r, D)
         self._matrix += weighted.mT @ weighted
-        self._fresh, self._exact = False, None
+        self._exact = None
         for some in self._rows.spans(0, 8 * count * len(self._g)):
             p, z = guess.products[:, :count, :, some]
             self._g[:, some] -= p.square().sum(0)
@@ -436,7 +476,7 @@ def memory(n: int, dims: int, labels: int, steps: int, drops: int) -> int:
     depth = min(MOST_DEPTH, max(1, PRODUCTS // (2 * labels * max(1, n))))
     team = min(n, max(LEAST_TEAM, min(MOST_TEAM, n // TEAM_PART)))
     rows = n * (8 * labels + 9 + 2 * labels * depth) + 2 * team * (dims + labels * (dims + depth))
-    matrices = 10 * labels * dims * dims + steps * dims * (1 + 2 * labels)
+    matrices = 13 * labels * dims * dims + steps * dims * (1 + 2 * labels)
     matrices += labels * backward_entries(steps, drops, 1)
     return 8 * (rows + matrices + 5 * min(n, AT_ONCE) * dims)
 

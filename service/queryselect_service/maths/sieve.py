@@ -7,7 +7,8 @@ u and ζ since g and h were exact, by Cauchy and Schwarz,
     |h̃ - h| <= 2 ‖x‖ (P E_ζ + Q E_u + ‖x‖ E_u E_ζ),          Q² = Σ (x.ζ)²,   E_ζ² = Σ ε_ζ²,
 
 where P² is at most what g was at first, as g is never negative, and Q at most ‖x‖E_ζ above that of the products found.
-Sums of R squares or products in float32 are wrong by ρ = (R + 2) 2⁻²⁴ of P², P Q and Q² more.
+Sums of R squares or products in float32 are wrong by ρ = (R + 2) 2⁻²⁴ of P², P Q and Q² more. So are differences from
+τ + g and from h, one product after the other, and by ρ (τ + g) and ρ (|h| + 2 P Q).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from queryselect_service.maths.fisher import ROUNDING, Rows
 LEAST_ENTRIES = 1 << 20
 #: Lengths of rows and of directions whose products, and their squares, are far from what float32 can't hold.
 SHORTEST, LONGEST = 1e-6, 1e6
+#: Gains, τ + g and h that are as far from it.
+LEAST, MOST = 1e-30, 1e30
 
 
 class Sieve:
@@ -36,6 +39,8 @@ class Sieve:
         self._directions = first_g.new_empty(2, len(first_g), dims, 0)  # u and ζ, (2, L, D, t)
         self._product = (dims + 4) * 2.0**-24  # κ: rounding u, D products, D sums; and what is of second order
         self._at_once, self._sum = at_once, (at_once + 4) * 2.0**-24  # ρ
+        #: How wrong L divisions in float32 and the sum of what they give may be.
+        self.division = (len(first_g) + 4) * 2.0**-23
 
     @staticmethod
     def of(rows: Rows, first_g: Tensor, first_h: Tensor, at_once: int) -> Sieve | None:
@@ -57,10 +62,11 @@ class Sieve:
         return Sieve(self._lengths, dims, first_g, first_h, self._at_once)
 
     @staticmethod
-    def holds(directions: Tensor) -> bool:
-        """Whether float32 holds directions u and ζ (2, L, D, R)."""
+    def holds(directions: Tensor, scores: Tensor) -> bool:
+        """Whether float32 holds directions u and ζ (2, L, D, R) and the gains (R,) of their picks."""
         lengths = directions.norm(dim=2)
-        return bool(((lengths >= SHORTEST) & (lengths <= LONGEST)).all())
+        held = ((lengths >= SHORTEST) & (lengths <= LONGEST)).all() & ((scores >= LEAST) & (scores <= MOST)).all()
+        return bool(held)
 
     def until(self, directions: Tensor) -> Tensor:
         """E_u and E_ζ until the last of more directions (2, L, D, R): (2, L, 1)."""
@@ -78,8 +84,21 @@ class Sieve:
         wrong_h = 2 * (p * q_wrong + q * p_wrong + p_wrong * q_wrong)
         p, q = p + p_wrong, q + q_wrong  # at least what was found
         wrong_g += self._sum * p.square() + ROUNDING * self._first_g[:, some]
-        wrong_h += 2 * self._sum * p * q + ROUNDING * self._first_h[:, some].abs()
+        wrong_h += 4 * self._sum * p * q + ROUNDING * self._first_h[:, some].abs()
         return wrong_g, wrong_h
+
+    def bounds(
+        self, until: Tensor, some: slice, products: Tensor, below: Tensor, h: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What gains of some rows may be replayed from in float32, to be too high if anything: τ + g and h, (L, m).
+
+        until, products: see errors. below, h: τ + g and h as they were found, float64. The third, (m,), says of which
+        rows float32 does not hold it.
+        """
+        wrong_g, wrong_h = self.errors(until, some, products)
+        high = wrong_h.add_(h).add_(h.abs(), alpha=self._sum)
+        low = (below * (1 - self._sum)).sub_(wrong_g)
+        return low.clamp_(max=MOST).float(), high.float(), (high > MOST).any(0)
 
     def exact(self, x: Tensor, first_g: Tensor, first_h: Tensor) -> tuple[Tensor, Tensor]:
         """Computes g and h of rows x (m, D), float64. first_g, first_h: what they were at first."""
