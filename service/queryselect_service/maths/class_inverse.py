@@ -123,11 +123,11 @@ class Inverse(ABC):
 
     def products(self, rows: Reader, y: Tensor) -> Iterator[tuple[slice, Tensor, Factors, Tensor]]:
         """V_xᵀ y (m, r, c) for y (r, C D), a stretch of rows after the other; each with its embeddings and factors."""
-        directions, count = y.view(-1, self.dims), len(y)  # (r C, D)
+        directions, count = y.view(-1, self.dims).T.contiguous(), len(y)  # (D, r C)
         touched = 8 * (6 * count * max(self.classes, self.columns) + 4 * self.columns**2)  # F, too
         for span in self.pool.spans(len(rows), max(touched, 8 * y.numel() // FLOPS_PER_BYTE)):
             x, factors = rows[span]
-            yield span, x, factors, factors.transposed((x @ directions.T).view(len(x), count, self.classes))
+            yield span, x, factors, factors.transposed((x @ directions).view(len(x), count, self.classes))
 
     @abstractmethod
     def fisher(self, u: Tensor) -> Tensor:
@@ -308,21 +308,46 @@ class Free(Inverse):
 
     def measure(self, rows: Reader, g: Tensor, h: Tensor) -> None:
         """See Inverse; before anything is taken."""
-        columns, sums = h.shape[1], None
-        for some in everywhere(self._sample.rows, self.design.beside, PAIRED):
-            partners, y = self.make(some.predictions[:]).partners(some.mass), some.x(slice(None))
-            flops = len(y) * (2 * self.dims + min(self.classes**2, ENTRY * columns**2 + 4 * self.classes))
-            entries = 2 * len(y) + min(2 * self.classes**2, 3 * columns * len(y))
-            for span in self.pool.spans(len(rows), max(8 * entries, flops // FLOPS_PER_BYTE)):
-                x, factors = rows[span]
-                found = factors.pair((x @ y.T).square_(), partners)  # (m, w)
-                if sums is None:
-                    sums = found.new_zeros(len(rows), found.shape[1])
-                sums[span] += found
+        alone = rows is self._sample and len(rows) == self.pool.size and self.design.beside is None
+        sums = None
+        for span, found in (self._pairs_among if alone else self._pairs_with_all)(rows, h.shape[1]):
+            if sums is None:
+                sums = found.new_zeros(len(rows), found.shape[1])
+            sums[span] += found
         for span in self.pool.spans(len(rows), 8 * 4 * self.classes**2):
             if sums is not None:
                 h[span] = rows[span][1].paired(sums[span]) / self.design.ridge**2
         self.measure_lengths(rows, g)
+
+    def _pairs_with_all(self, rows: Reader, columns: int) -> Iterator[tuple[slice, Tensor]]:
+        """What `paired` ends, the terms (m, w) of stretches of rows, for the rows of all slices and those beside."""
+        for some in everywhere(self._sample.rows, self.design.beside, PAIRED):
+            partners, y = self.make(some.predictions[:]).partners(some.mass), some.x(slice(None))
+            for span in self.pool.spans(len(rows), self._touched(len(y), columns)):
+                x, factors = rows[span]
+                yield span, factors.pair((x @ y.T).square_(), partners)
+
+    def _pairs_among(self, rows: Reader, columns: int) -> Iterator[tuple[slice, Tensor]]:
+        """The same where these are all the rows there are: (x.y)² is that of x with y and of y with x."""
+        for start in range(0, len(rows), PAIRED):
+            block = slice(start, min(start + PAIRED, len(rows)))
+            y, theirs = rows[block]
+            partners, touched = theirs.partners(rows.rows.mass[block]), self._touched(len(y), columns)
+            for some in self.pool.spans(start, 2 * touched):
+                x, factors = rows[some]
+                squares = (x @ y.T).square_()
+                yield some, factors.pair(squares, partners)
+                yield block, theirs.pair(squares.T, factors.partners(rows.rows.mass[some]))
+            for some in self.pool.spans(len(y), touched):
+                span = slice(start + some.start, start + some.stop)
+                x, factors = rows[span]
+                yield span, factors.pair((x @ y.T).square_(), partners)
+
+    def _touched(self, partners: int, columns: int) -> int:
+        """What pairing a row with so many others touches, in bytes."""
+        flops = partners * (2 * self.dims + min(self.classes**2, ENTRY * columns**2 + 4 * self.classes))
+        entries = 2 * partners + min(2 * self.classes**2, 3 * columns * partners)
+        return max(8 * entries, flops // FLOPS_PER_BYTE)
 
     def refresh(self) -> None:
         """See Inverse."""
