@@ -28,12 +28,12 @@ class Gains:
         self._bounded = g.shape[1] > FEW
         self._s = torch.empty_like(g) if self._bounded else g[:0]
         self._then = g.new_empty(len(g))  # tr[S G_then], and what rounding may take from it
-        self._kept = g.new_empty(g.shape[:2])  # the diagonal of (I + G)⁻¹
+        self._kept = g.new_empty(g.shape[1], len(g))  # the diagonal of (I + G)⁻¹, (c, m)
 
     def restart(self) -> tuple[Tensor, Tensor]:
         """All gains (m,), exactly, when G and H are newly computed; and how wrong rounding may have made them."""
-        # Rounding errors are measured by what the diagonals (m, c) of G and H were.
-        self._first_g, self._first_h = (x.diagonal(dim1=1, dim2=2).clone() for x in (self._g, self._h))
+        # Rounding errors are measured by what the diagonals (c, m) of G and H were.
+        self._first_g, self._first_h = (x.diagonal(dim1=1, dim2=2).T.contiguous() for x in (self._g, self._h))
         return self._all()
 
     def now(self, free: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,27 +65,28 @@ class Gains:
         return gains, self._errors(slice(None), gains)
 
     def _errors(self, at: slice | Tensor, gains: Tensor) -> Tensor:
-        scale = self._first_h[at] + gains.nan_to_num(posinf=0.0)[:, None] * self._first_g[at]
-        return ROUNDING * (self._kept[at] * scale).sum(1)
+        scale = self._first_h[:, at] + gains.nan_to_num(posinf=0.0) * self._first_g[:, at]
+        return ROUNDING * (self._kept[:, at] * scale).sum(0)
 
     def _exactly(self, at: slice | Tensor) -> Tensor:
         """The gains of some rows, with which their S are computed anew."""
         g, h, columns = self._g[at], self._h[at], self._g.shape[1]
         if columns == 1:
-            self._kept[at] = kept = 1 / (1 + g[:, :, 0])
-            return (kept * h[:, :, 0]).sum(1).clamp_min_(0)
+            self._kept[0, at] = kept = 1 / (1 + g[:, 0, 0])
+            gains = kept * h[:, 0, 0]
+            return gains.clamp_min_(0)
         if columns == FEW:  # by hand: for matrices so small, calls take longer than what they do
             first, part = 1 + g[:, 0, 0], g[:, 0, 1] / (1 + g[:, 0, 0])
             second = 1 + g[:, 1, 1] - part * g[:, 0, 1]
             rest = h[:, 1, 1] - 2 * part * h[:, 0, 1] + part.square() * h[:, 0, 0]
-            self._kept[at] = torch.stack([1 / first + part.square() / second, 1 / second], dim=1)
-            gains: Tensor = h[:, 0, 0] / first + rest / second
+            self._kept[:, at] = torch.stack([1 / first + part.square() / second, 1 / second])
+            gains = h[:, 0, 0] / first + rest / second
             return gains.clamp_min_(0)
         eye = torch.eye(columns, dtype=g.dtype, device=g.device)
         root, _ = torch.linalg.cholesky_ex(g + eye)
         half = torch.linalg.solve_triangular(root, eye.expand_as(g), upper=False)
-        self._s[at], self._kept[at] = half.mT @ half, half.square().sum(1)
-        slack = ROUNDING * columns * (self._kept[at] * self._first_g[at]).sum(1)
-        self._then[at] = columns - self._kept[at].sum(1) + slack
+        self._s[at], kept = half.mT @ half, half.square().sum(1).T
+        self._kept[:, at] = kept
+        self._then[at] = columns - kept.sum(0) + ROUNDING * columns * (kept * self._first_g[:, at]).sum(0)
         found: Tensor = ((half @ h) * half).sum((1, 2))
         return found.clamp_min_(0)
