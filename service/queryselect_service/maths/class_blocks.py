@@ -29,6 +29,7 @@ from queryselect_service.maths.class_gains import Gains
 from queryselect_service.maths.class_inverse import READY, Dense, Free, Inverse, Make, Reader, Taken, ready_entries
 from queryselect_service.maths.fisher import (
     DRIFT,
+    TILE,
     Design,
     Forward,
     Rows,
@@ -226,7 +227,7 @@ def memory(n: int, dims: int, classes: int, columns: int, context: int, steps: i
     ready = min(READY, n * ready_entries(dims, classes, columns)) * (1 if how.sample == n else 2)
     borrowed = 0 if how.dense else context
     kept = 2 * size * side if how.dense else (borrowed + steps) * (dims + columns * classes)
-    root = size**2 + columns**2 * borrowed * (borrowed + steps)
+    root = size * (size + TILE) + columns * borrowed * (columns * (borrowed + steps) + TILE)
     block = columns * max(1, min(_context_rows(n, columns), borrowed))  # columns taken at once
     rows = n * (3 * columns**2 + 3 * columns + block * columns + 12) + ready
     written = 6 * side**2 if how.dense else 0
