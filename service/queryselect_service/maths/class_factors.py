@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from queryselect_service.maths.fisher import widened
+
 #: How many multiply-adds of a product take as long as one entry of L_xᵀL_y, which is written, read and multiplied.
 ENTRY = 1000
 
@@ -49,10 +51,10 @@ class Factors(Protocol):
 
 
 def _by_classes(factors: Factors, mass: Tensor) -> Tensor:
-    """Factors.partners as L_y L_yᵀ for all pairs of classes: (n, C (C + 1) / 2)."""
+    """Factors.partners as L_y L_yᵀ for all pairs of classes: (n, C (C + 1) / 2 or more)."""
     outer = factors.outer()
     at = torch.triu_indices(*outer.shape[1:], device=mass.device)
-    return outer[:, at[0], at[1]].mul_(mass[:, None])
+    return widened(outer[:, at[0], at[1]].mul_(mass[:, None]))
 
 
 def between(factors: Factors, middle: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ def written(factors: Factors, rows: int, like: Tensor) -> Tensor:
 def _paired(factors: Factors, sums: Tensor, classes: int) -> Tensor:
     """Factors.paired for these."""
     at = torch.triu_indices(classes, classes, device=sums.device)
-    found = sums.new_empty(len(sums), classes, classes)
+    found, sums = sums.new_empty(len(sums), classes, classes), sums[:, : at.shape[1]]
     found[:, at[0], at[1]] = sums
     found[:, at[1], at[0]] = sums
     return between(factors, found)

@@ -12,6 +12,7 @@ from torch import Tensor
 from queryselect_service.errors import InvalidInput
 from queryselect_service.maths.class_factors import ENTRY, Factors, Written, between, written
 from queryselect_service.maths.fisher import (
+    AT_ONCE,
     DRIFT,
     FLOPS_PER_BYTE,
     Design,
@@ -20,8 +21,10 @@ from queryselect_service.maths.fisher import (
     inverse_of_root,
     product,
     root_of,
+    widened,
 )
 from queryselect_service.maths.growing_root import GrowingRoot
+from queryselect_service.shards import SPAN_BYTES
 
 #: Rows that are paired with others at once.
 PAIRED = 2048
@@ -123,11 +126,13 @@ class Inverse(ABC):
 
     def products(self, rows: Reader, y: Tensor) -> Iterator[tuple[slice, Tensor, Factors, Tensor]]:
         """V_xᵀ y (m, r, c) for y (r, C D), a stretch of rows after the other; each with its embeddings and factors."""
-        directions, count = y.view(-1, self.dims).T.contiguous(), len(y)  # (D, r C)
+        directions, count = widened(y.view(-1, self.dims).T), len(y)  # (D, r C or more)
         touched = 8 * (6 * count * max(self.classes, self.columns) + 4 * self.columns**2)  # F, too
-        for span in self.pool.spans(len(rows), max(touched, 8 * y.numel() // FLOPS_PER_BYTE)):
+        touched = max(touched, 8 * y.numel() // FLOPS_PER_BYTE, SPAN_BYTES // AT_ONCE)  # in the cache until used again
+        for span in self.pool.spans(len(rows), touched):
             x, factors = rows[span]
-            yield span, x, factors, factors.transposed((x @ directions).view(len(x), count, self.classes))
+            found = (x @ directions)[:, : count * self.classes].view(len(x), count, self.classes)
+            yield span, x, factors, factors.transposed(found)
 
     @abstractmethod
     def fisher(self, u: Tensor) -> Tensor:
