@@ -233,7 +233,8 @@ def memory(n: int, dims: int, classes: int, columns: int, context: int, steps: i
     written = 6 * side**2 if how.dense else 0
     forward = rows + kept + root + written + 7 * block * side + 4 * block * (borrowed + steps) * max(columns, classes)
     backward = backward_entries(steps, drops, columns)
-    spans = 2 * min(SPAN_BYTES, 8 * n * max(side, 3 * columns * max(classes, columns)))
+    spans = min(SPAN_BYTES, 8 * n * max(side, 3 * columns * max(classes, columns)))
+    spans *= 1 if how.dense else 2  # pairs of rows are made anew while those before are there
     return 8 * max(forward, backward) + spans
 
 
