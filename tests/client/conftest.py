@@ -1,10 +1,11 @@
-"""A plug-in that takes its time, the two ways to a service, a server that records, and that streams leave nothing."""
+"""A plug-in that takes its time, the two ways to a service, a server that records, Ctrl-C; streams leave nothing."""
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -88,3 +89,11 @@ def recorded(fake: Fake) -> Iterator[Client]:
     """A client of `fake`."""
     with Client(fake.target) as client:
         yield client
+
+
+@pytest.fixture
+def control_c() -> Iterator[Callable[[], None]]:
+    """What pressing it does, from any thread. A shell lets what it starts in the background ignore it; not here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)

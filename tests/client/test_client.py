@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -354,10 +354,10 @@ def test_a_timeout_that_is_over_at_once(client: Client) -> None:
         client.select("random", 1, num_rows=5, timeout=0.0)
 
 
-def test_control_c_cancels(client: Client, slow: Slow) -> None:
+def test_control_c_cancels(client: Client, slow: Slow, control_c: Callable[[], None]) -> None:
     def press() -> None:
         slow.started.wait(30)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        control_c()
 
     threading.Thread(target=press).start()
     with pytest.raises(KeyboardInterrupt):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -115,13 +114,13 @@ def test_a_stream_that_waits_to_try_again_can_be_cancelled(stop: Callable[[Job, 
 
 
 @pytest.mark.parametrize("at", ["start", "middle"])
-def test_control_c_cancels_a_stream(at: str) -> None:
+def test_control_c_cancels_a_stream(at: str, control_c: Callable[[], None]) -> None:
     with Fake(at=at) as fake, Client(fake.target) as client:
         fake.hold.clear()
 
         def press() -> None:
             until(in_phase(fake))
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            control_c()
 
         threading.Thread(target=press).start()
         with pytest.raises(KeyboardInterrupt):
