@@ -396,7 +396,8 @@ def tiles_of(size: int) -> list[slice]:
 def widened(y: Tensor) -> Tensor:
     """The right factor y (D, r) of a product with a tall matrix, with columns of zeros where it is faster with them."""
     columns = y.shape[1]
-    return pad(y, (0, -columns % AT_A_TIME if 2 * columns > AT_A_TIME else 0)).contiguous()
+    missing = -columns % AT_A_TIME if 2 * columns > AT_A_TIME else 0
+    return pad(y, (0, missing)) if missing else y.contiguous()
 
 
 def product(a: Tensor, b: Tensor, pool: Shards) -> Tensor:
