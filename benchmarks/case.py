@@ -35,7 +35,7 @@ from queryselect_service.spec import build
 from queryselect_service.strategy import Sizes
 
 OURS = "ours"
-LETTERS = ("N", "D", "C", "L", "k")
+LETTERS = ("N", "D", "S", "C", "L", "M", "k")
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,21 @@ def coarsely(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return tensor
 
 
+def nested(inputs: Inputs) -> dict[str, Any]:
+    """Inputs as the client takes them: those of scales, such as scales[0].gradients, as a list of mappings."""
+    found: dict[str, Any] = {}
+    for name, x in inputs.items():
+        place, _, part = name.rpartition(".")
+        if place:
+            scales = found.setdefault("scales", [])
+            at = int(place.removeprefix("scales[").removesuffix("]"))
+            scales.extend({} for _ in range(at + 1 - len(scales)))
+            scales[at][part] = x
+        else:
+            found[name] = x
+    return found
+
+
 def assert_promised(whole: Selected, sliced: Selected, tolerance: float) -> None:
     """Where the rows lie changes no pick, except from the first step at which the two best scores are as good as equal.
 
@@ -73,6 +88,8 @@ class StrategyCase:
     name: str
     params: dict[str, Any] = {}
     options: dict[str, Any] = {}  # more keywords of select, such as task
+    beside: Inputs = {}  # inputs that are not per row, such as head_weights
+    reference: Inputs = {}  # rows beside the pool, of the strategy's only role
     tolerance = 1e-9
     slice_tolerance = 1e-9  # 1e-5 for strategies that do not score their leaders again in float64
 
@@ -92,6 +109,17 @@ class StrategyCase:
     # What the tests below share.
 
     @property
+    def seeded(self) -> bool:
+        """Whether the seed changes the picks from these inputs."""
+        return self.strategy.seeded
+
+    @property
+    def constant(self) -> dict[str, torch.Tensor]:
+        """What does not change with the pool's rows, by the names that kernels have for it."""
+        theirs = {f"{self.strategy.roles[0].prefix}{name}": x for name, x in self.reference.items()}
+        return {name: torch.from_numpy(x) for name, x in {**self.beside, **theirs}.items()}
+
+    @property
     def strategy(self) -> strategies.Strategy:
         return strategies.STRATEGIES[self.name]
 
@@ -102,7 +130,9 @@ class StrategyCase:
         merged = {"params": self.params, **self.options, **options}
         if not inputs:
             merged.setdefault("num_rows", ROWS)
-        return client.select(self.name, budget, **inputs, **merged)
+        if self.reference:
+            merged["reference"] = nested(self.reference)
+        return client.select(self.name, budget, **nested({**inputs, **self.beside}), **merged)
 
     def take(self, inputs: Inputs, rows: np.ndarray) -> Inputs:
         return {name: x[rows] for name, x in inputs.items()}
@@ -140,6 +170,7 @@ class StrategyCase:
             "limits": limits,
         }
         with torch.inference_mode():
+            inputs = {**inputs, **self.constant}
             whole = selected(strategies.select(self.strategy, inputs, pool=Whole(ROWS), **options))
         return whole, slices.select(self.name, inputs, cuts, **options)
 
@@ -177,10 +208,10 @@ class StrategyCase:
 
     def test_the_seed_matters_where_the_strategy_says_so(self, local):
         picks = {tuple(self.select(local, self.inputs(), seed=seed).indices) for seed in (0, 1, 2**64 - 1)}
-        assert (len(picks) > 1) == self.strategy.seeded
+        assert (len(picks) > 1) == self.seeded
 
     def test_rows_may_come_in_any_order(self, local):
-        if self.strategy.seeded:
+        if self.seeded:
             return  # noise belongs to the row's number
         inputs = self.inputs()
         order = np.random.default_rng(1).permutation(ROWS)
@@ -212,7 +243,7 @@ class StrategyCase:
         assert not np.isnan(got.scores).any()
 
     def test_exact_ties_go_to_the_lowest_row(self, local):
-        if self.strategy.seeded:
+        if self.seeded:
             return
         inputs = self.take(self.inputs(), np.zeros(ROWS, dtype=int))
         got = self.select(local, inputs, 6, labeled=[2], excluded=[0])
@@ -262,7 +293,7 @@ class StrategyCase:
         candidates[[1, 2]] = False
         direct = strategies.select(
             self.strategy,
-            {name: torch.from_numpy(x) for name, x in inputs.items()},
+            {**{name: torch.from_numpy(x) for name, x in inputs.items()}, **self.constant},
             k=5,
             pool=Whole(ROWS),
             candidates=candidates,
@@ -295,7 +326,7 @@ class StrategyCase:
             inputs = {name: torch.from_numpy(x) for name, x in rows.items()}
             whole, sliced = self.whole_and_sliced(slices, cuts, inputs, 25, **lists)
             assert sliced.indices == whole.indices
-            if different == 1 and not self.strategy.seeded:
+            if different == 1 and not self.seeded:
                 assert sliced.indices == np.setdiff1d(np.arange(ROWS), lists.get("labeled", []))[:25].tolist()
 
     # Quotas, costs and a least gain.

@@ -60,8 +60,9 @@ class Prepared:
 
     @property
     def answer_bytes(self) -> int:
-        """The bytes of the answer's arrays: an index and a score per pick, a score per row when asked for."""
-        per_row = 8 * self.num_rows * (selection_pb2.RETURN_POOL_SCORES in self.message.returns)
+        """The bytes of the answer's arrays: an index and a score per pick, what every row has when asked for."""
+        asked = {selection_pb2.RETURN_POOL_SCORES, selection_pb2.RETURN_PSEUDO_LABELS} & {*self.message.returns}
+        per_row = 8 * self.num_rows * len(asked)
         return 16 * self.message.stop.max_items + per_row
 
     def inline(self, most: float = math.inf, most_of_list: float = math.inf) -> dict[str, WireArray]:
@@ -122,7 +123,12 @@ def _add_inputs(
             raise TypeError(f"select has no argument {name!r}{_nearest(name, [*_FIELDS, *APART])}")
         if value is None or name in APART:
             continue
-        if not _is_tensor(_FIELDS[name]):
+        if name == "scales":
+            upload = wanted is None or name in wanted
+            sizes += _add_scales(prepared, value, upload=upload)
+            told = told or upload
+            given.append(name)
+        elif not _is_tensor(_FIELDS[name]):
             _fill(message.pool, {name: value}, "pool.", prepared.arrays)
         else:
             array = to_wire(value, f"pool.{name}", rows=name in (*ROW_LISTS, "labels"))
@@ -151,6 +157,18 @@ def _add_inputs(
         message.pool.num_rows = sizes[0]
 
 
+def _add_scales(prepared: Prepared, value: Any, *, upload: bool) -> list[int]:
+    """Adds the pool's scales, unless they stay here; returns the number of rows that they tell."""
+    pool = selection_pb2.Pool()
+    arrays: dict[str, WireArray] = {}
+    _fill(pool, {"scales": value}, "pool.", arrays)
+    rows = [array.shape[0] for array in arrays.values() if array.shape][:1]
+    if upload:
+        prepared.message.pool.scales.extend(pool.scales)
+        prepared.arrays |= arrays
+    return rows
+
+
 def _add_references(
     prepared: Prepared, inputs: Mapping[str, Any], description: strategy_pb2.StrategyDescription | None
 ) -> None:
@@ -167,9 +185,11 @@ def _add_references(
         if role == "UNSPECIFIED" and len(read) == 1:
             (role,) = read
         for tensor, _ in each.ListFields():
-            if _is_tensor(tensor) and tensor.name not in read.get(role, ()):
+            if tensor.message_type is not None and tensor.name not in read.get(role, ()):
                 each.ClearField(tensor.name)  # type: ignore[arg-type]
-                del prepared.arrays[f"references[{at}].{tensor.name}"]
+                path = f"references[{at}].{tensor.name}"
+                for known in [known for known in prepared.arrays if known == path or known.startswith(f"{path}[")]:
+                    del prepared.arrays[known]
 
 
 def _add_quotas(prepared: Prepared, inputs: Mapping[str, Any]) -> list[int]:
@@ -234,7 +254,8 @@ def _check_required(
 ) -> None:
     """Says what the server would say of a missing input, with what was given here and not sent."""
     for wanted in description.inputs:
-        if wanted.required and not any(pool.HasField(name) for name in _choices(wanted)):  # type: ignore[arg-type]
+        fields = {field.name for field, _ in pool.ListFields()}
+        if wanted.required and not fields.intersection(_choices(wanted)):
             names = " or ".join(f"pool.{name}" for name in _choices(wanted))
             raise InvalidInput(
                 f"{description.name} needs {names} of shape ({wanted.shape}); "

@@ -34,7 +34,8 @@ SUM_TOLERANCE, COARSE_SUM_TOLERANCE = 1e-3, 1e-2
 class Array:
     """A tensor of the request: its path, its type and shape, and its elements once they are here.
 
-    letters: what its dimensions are, such as "N D", where they are those of every such tensor.
+    letters: what its dimensions are, such as "N D", where they are those of every such tensor. kind: of samples, what
+    they are.
     """
 
     path: str
@@ -42,6 +43,12 @@ class Array:
     shape: tuple[int, ...]
     data: Tensor | None = None
     letters: str = ""
+    kind: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its path without what it belongs to: embeddings, scales[0].gradients."""
+        return self.path.partition(".")[2]
 
     @property
     def name(self) -> str:
@@ -174,19 +181,23 @@ def check_values(
     """
     if not data.is_floating_point() and array.name not in MASSES:
         return
-    flat = data.reshape(len(data), -1)
-    for start in range(0, len(flat), BLOCK_ROWS):
+    name, parts = array.name, 1  # how many distributions a row has
+    if name == "samples":
+        name, parts = "probabilities" if array.kind == "PROBABILITIES" else "logits", array.shape[1]
+    flat = data.reshape(len(data) * parts, -1)
+    step = max(1, BLOCK_ROWS // parts) * parts
+    for start in range(0, len(flat), step):
         check()
-        block = flat[start : start + BLOCK_ROWS]
-        if _surely_fine(array.name, block, multilabel=multilabel):
+        block = flat[start : start + step]
+        if _surely_fine(name, block, multilabel=multilabel):
             continue
-        for need, bad, came in _rules(array.name, block, multilabel):
+        for need, bad, came in _rules(name, block, multilabel):
             rows = bad.nonzero().squeeze(1)
             if excluded is not None and len(rows):
-                rows = rows[~torch.isin(rows + first + start, excluded)]
+                rows = rows[~torch.isin((rows + start) // parts + first, excluded)]
             if len(rows):
                 row = int(rows[0])
-                at = row + first + start
+                at = (row + start) // parts + first
                 raise InvalidInput(f"{array.path} {need}; row {at} {came(block[row])}", field=array.path)
 
 

@@ -139,13 +139,14 @@ class Choice:
             self._open[at] = False
         self._strike()
 
-    def walk(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def walk(self, scores: Tensor, count: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Chooses the `count` free rows of the highest scores (n,), ties to the lowest row, as if one after the other.
 
-        Returns global rows (count,) and their scores (count,), best first; fewer where the limits end the selection.
+        Returns global rows (count,) and their scores (count,), best first; fewer where the limits end the selection,
+        or where there are not so many free rows among the rows of `among` (n,) bool.
         """
         if not self.limited:
-            rows, found = self._pool.top(scores, count, self.free)
+            rows, found = self._pool.top(scores, count, self.free if among is None else self.free & among)
             self._made += len(rows)
             self.free[self._here(rows)] = False
             return rows, found
@@ -155,7 +156,7 @@ class Choice:
             columns = [tally.values for tally in self._tallies]
             if self._costs is not None:
                 columns.append(self._costs)
-            batch = self._pool.top(scores, step, self.free, *columns)
+            batch = self._pool.top(scores, step, self.free if among is None else self.free & among, *columns)
             if not len(batch[0]) or self._is_small(float(batch[1][0])):
                 break
             chosen = torch.tensor(self._walked(*batch, until=until), dtype=torch.int64, device=scores.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from queryselect_service.checks import Array, unify
 from queryselect_service.errors import InvalidInput
-from queryselect_service.strategy import Input, ReferenceRole, Strategy
+from queryselect_service.strategy import Input, ReferenceRole, Strategy, base
 
 #: The one input that a set may lack: its rows then count 1 each.
 WEIGHTS = "weights"
@@ -36,6 +36,11 @@ class Reference:
     inputs: dict[str, Array]
     size: int = 0
 
+    @property
+    def given(self) -> set[str]:
+        """The fields that are set."""
+        return {base(name) for name in self.inputs}
+
     def named(self) -> Iterator[tuple[str, Array]]:
         """Its inputs, each with the name that a kernel would have for it."""
         for field, array in self.inputs.items():
@@ -51,16 +56,18 @@ def check_names(strategy: Strategy, references: Sequence[Reference]) -> None:
         if not sets and wanted.required:
             words = f"of role {wanted.role} with {wanted.field} of shape ({wanted.shape}); the request has none"
             raise InvalidInput(f"{strategy.name} needs references {words}", field="references")
-        given = [next((field for field in wanted.fields if field in each.inputs), None) for each in sets]
+        given = [next((field for field in wanted.fields if field in each.given), None) for each in sets]
         for each, field in zip(sets, given, strict=True):
             if "probabilities" in each.inputs and "logits" in each.inputs:
                 words = f"{each.path} needs exactly one of probabilities and logits; it has both"
                 raise InvalidInput(words, field=f"{each.path}.logits")
-            if field is None and wanted.field != WEIGHTS:
+            may_lack = not wanted.required and strategy.optional_in(wanted.role)
+            if field is None and wanted.field != WEIGHTS and not may_lack:
                 _refuse_missing(strategy, wanted, each)
-            if field not in (None, given[0]) and wanted.field != WEIGHTS:
-                words = f"{each.path} has {field} where {sets[0].path}, of the same role, has {given[0]}"
-                raise InvalidInput(words, field=f"{each.path}.{field}")
+            if field != given[0] and wanted.field != WEIGHTS:
+                words = f"{each.path} has {field or 'no ' + wanted.field} where {sets[0].path}, of the same role, has "
+                words += given[0] or "none"
+                raise InvalidInput(words, field=f"{each.path}.{field or wanted.field}")
 
 
 def _refuse_missing(strategy: Strategy, wanted: Input, reference: Reference) -> None:
@@ -84,11 +91,15 @@ def join(strategy: Strategy, references: Sequence[Reference]) -> dict[str, Tenso
     """What the strategy reads of the sets, by its names, those of one role as one tensor. Every element is here."""
     inputs = {}
     for wanted in strategy.inputs:
+        if wanted.role is None:
+            continue
         sets = [each for each in references if each.role is wanted.role]
-        for name, field in zip(wanted.names, wanted.fields, strict=True):
-            given = any(field in each.inputs for each in sets)
-            if given or (sets and wanted.required and field == WEIGHTS):
-                inputs[name] = _cat(_part(each, field) for each in sets)
+        for field in wanted.fields:
+            parts = dict.fromkeys(name for each in sets for name in each.inputs if base(name) == field)
+            if sets and wanted.required and field == WEIGHTS:
+                parts[WEIGHTS] = None
+            for part in parts:
+                inputs[f"{wanted.role.prefix}{part}"] = _cat(_part(each, part) for each in sets)
     return inputs
 
 

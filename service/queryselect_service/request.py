@@ -29,6 +29,7 @@ from queryselect_service.checks import (
 )
 from queryselect_service.choice import Limits
 from queryselect_service.errors import InvalidInput, OverLimit
+from queryselect_service.maths.predictions import SamplesKind
 from queryselect_service.references import WEIGHTS, Reference, check_names, check_shapes, join
 from queryselect_service.settings import Settings
 from queryselect_service.shards import Shards, Whole
@@ -74,7 +75,7 @@ class Request:
     max_items: int | None
     task: Task
     seed: int
-    want_pool_scores: bool
+    returns: frozenset[str]  # what is asked for beside the picks: POOL_SCORES, PSEUDO_LABELS
     validate_only: bool
     ids: Array | list[str] | None
     notices: list[Notice] = field(default_factory=list)
@@ -93,6 +94,7 @@ class Request:
             self.spec.check_sizes(self.letters)
         except InvalidInput as error:
             raise error.of(self.strategy.name, self.path) from None
+        self.spec.check_inputs({name: x.shape for name, x in self._named() if self.strategy.reads(name)}, self.returns)
         self.check_rows()
         for array in self.read:
             if array.data is not None:
@@ -123,6 +125,21 @@ class Request:
                     weighty[self.rows["excluded"]] = False
                 if not weighty.any():
                     raise InvalidInput(f"{array.path} must not all be 0; they are", field=array.path)
+
+    @property
+    def given(self) -> set[str]:
+        """The pool's inputs that are set."""
+        return {strategies.base(name) for name in self.inputs}
+
+    @property
+    def want_pool_scores(self) -> bool:
+        """Whether every row's score is asked for."""
+        return "POOL_SCORES" in self.returns
+
+    @property
+    def want_pseudo_labels(self) -> bool:
+        """Whether the label that the strategy guesses for every row is asked for."""
+        return "PSEUDO_LABELS" in self.returns
 
     @property
     def size(self) -> int:
@@ -158,6 +175,7 @@ class Request:
         )
         return Sizes(
             **letters,
+            S=sum(array.shape[1] for name, array in self.inputs.items() if strategies.base(name) != name),
             M=sum(each.size for each in self.references if each.role in self.strategy.roles),
             k=self.max_items or 0,
             item=max((array.dtype.itemsize for array in used), default=8),
@@ -192,6 +210,11 @@ class Request:
             yield from reference.named()
 
     @property
+    def samples_kind(self) -> SamplesKind:
+        """What the pool's samples are."""
+        return SamplesKind(self.inputs["samples"].kind) if "samples" in self.inputs else SamplesKind.PROBABILITIES
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The type the strategy computes in: float64 where rows are scored one by one or come in it."""
         wide = any(array.dtype is torch.float64 for array in self._used)
@@ -203,8 +226,11 @@ class Request:
             raise InvalidInput(
                 "pool needs exactly one of probabilities and logits; the request has both", field="pool.logits"
             )
+        if self.task not in strategy.tasks:
+            served = " or ".join(strategy.tasks)
+            raise InvalidInput(f"{strategy.name} serves task {served}; the request has {self.task}", field="task")
         for wanted in strategy.inputs:
-            if wanted.required and wanted.role is None and not any(each in self.inputs for each in wanted.names):
+            if wanted.required and wanted.role is None and not self.given & {*wanted.names}:
                 names = " or ".join(f"pool.{each}" for each in wanted.names)
                 given = ", ".join(array.described for array in self.inputs.values()) or "no inputs"
                 raise InvalidInput(
@@ -212,11 +238,10 @@ class Request:
                     field=f"pool.{wanted.name}",
                 )
         check_names(strategy, self.references)
-        if self.task not in strategy.tasks:
-            served = " or ".join(strategy.tasks)
-            raise InvalidInput(f"{strategy.name} serves task {served}; the request has {self.task}", field="task")
         if self.want_pool_scores and not strategy.pool_scores:
             raise InvalidInput(f"{strategy.name} has no score for rows it does not choose", field="returns")
+        if self.want_pseudo_labels and not strategy.pseudo_labels:
+            raise InvalidInput(f"{strategy.name} guesses no labels", field="returns")
         unread = [array.path for array in self.unused]
         unread += [each.path for each in self.references if each.role not in strategy.roles and not each.inputs]
         if unread:
@@ -268,8 +293,8 @@ class Request:
 
     @property
     def answer_bytes(self) -> int:
-        """The bytes of the answer's tensors: an index and a score per pick, a score per row when asked for."""
-        return 16 * (self.max_items or 0) + (8 * self.size if self.want_pool_scores else 0)
+        """The bytes of the answer's tensors: an index and a score per pick, what every row has when asked for."""
+        return 16 * (self.max_items or 0) + 8 * self.size * (self.want_pool_scores + self.want_pseudo_labels)
 
     @property
     def extra_bytes(self) -> int:
@@ -404,16 +429,23 @@ class Problem:
                 seed=request.seed,
                 limits=self.limits,
                 scores=self.scores,
+                samples_kind=request.samples_kind,
             )
         except InvalidInput as error:  # of a parameter, whose place in the request a kernel does not know
+            if error.field.startswith(("pool.", "references")):
+                raise
             raise error.of(request.strategy.name, request.path) from None
         scores: Tensor | None = None
         if request.want_pool_scores:
             if found.pool_scores is None:
                 raise RuntimeError(f"{request.strategy.name} says that it has pool_scores, and returned none")
             scores = found.pool_scores().cpu()
-            if self.kept is not None:
-                scores = torch.full((request.size,), -torch.inf, dtype=torch.float64).index_put((self.kept,), scores)
+            scores = self._spread(scores, -torch.inf)
+        labels: Tensor | None = None
+        if request.want_pseudo_labels:
+            if found.pseudo_labels is None:
+                raise RuntimeError(f"{request.strategy.name} says that it guesses labels, and returned none")
+            labels = self._spread(found.pseudo_labels().cpu(), -1)
         notices = (
             Notice(each.code, each.message, None if each.rows is None else self._original(each.rows))
             for each in found.notices
@@ -423,8 +455,15 @@ class Problem:
             indices=self._original(found.indices),
             scores=found.scores.cpu(),
             pool_scores=None if scores is None else lambda: scores,
+            pseudo_labels=None if labels is None else lambda: labels,
             notices=(*request.notices, *notices),
         )
+
+    def _spread(self, values: Tensor, missing: float) -> Tensor:
+        """Values (n,) of the rows here for all rows of the request, (N,)."""
+        if self.kept is None:
+            return values
+        return torch.full((self.request.size,), missing, dtype=values.dtype).index_put((self.kept,), values)
 
     def _original(self, rows: Tensor) -> Tensor:
         """The request's rows of rows here, on the host."""

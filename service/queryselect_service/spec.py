@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -38,6 +38,13 @@ class Spec:
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Raises InvalidInput for a parameter that the request's sizes (by letter: N, D, C …) rule out."""
+
+    def check_inputs(self, shapes: Mapping[str, tuple[int, ...]], returns: Collection[str]) -> None:
+        """Raises InvalidInput, its field a path in the request, where the parameters need other inputs than there are.
+
+        shapes: those of the inputs that the strategy reads, by the names that it has for them. returns: what is asked
+        for beside the picks, such as PSEUDO_LABELS.
+        """
 
 
 def range_text(low: float | None, high: float | None) -> str:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice, Limits
+from queryselect_service.maths.descriptors import scales_of
 from queryselect_service.maths.labels import aggregate_labels
-from queryselect_service.maths.predictions import Predictions, distributions
+from queryselect_service.maths.predictions import Predictions, Samples, SamplesKind, distributions
 from queryselect_service.selection import Notice, NoticeCode, ScoreKind, Selection, StopReason
 from queryselect_service.shards import Shards
 from queryselect_service.spec import LabelScore, Spec
@@ -42,7 +43,7 @@ POINTWISE_ENTRIES = 1 << 20
 RANKING_BYTES, PICK_BYTES = 18, 64
 
 #: Inputs that may stand in for another; the service derives the one from the other.
-ALTERNATIVES = {"probabilities": ("logits",)}
+ALTERNATIVES = {"probabilities": ("logits",), "scales": ("embeddings",)}
 
 
 class Task(enum.StrEnum):
@@ -76,7 +77,7 @@ class Input:
     name: str
     shape: str
     required: bool
-    lazy: bool = False  # probabilities that the kernel wants made where it reads them: annotated as Predictions
+    kind: Any = Tensor  # what it is annotated as: Predictions and Samples are made where the kernel reads them
     role: ReferenceRole | None = None
 
     @property
@@ -104,9 +105,9 @@ class Input:
 class Sizes:
     """What the cost of a selection follows from: the letters (0 where the request has none), and bytes.
 
-    L: rows that count as labelled. M: rows of reference sets that are read. k: picks. item: bytes of an entry of the
-    widest type. entries, inputs: how many entries the inputs have together, and how many bytes. multilabel: whether
-    every probability becomes two.
+    S: entries of a row of all scales. L: rows that count as labelled. M: rows of reference sets that are read.
+    k: picks. item: bytes of an entry of the widest type. entries, inputs: how many entries the inputs have together,
+    and how many bytes. multilabel: whether every probability becomes two.
     """
 
     N: int = 0
@@ -114,6 +115,7 @@ class Sizes:
     C: int = 0
     K: int = 0
     P: int = 0
+    S: int = 0
     L: int = 0
     M: int = 0
     k: int = 0
@@ -147,6 +149,7 @@ class Strategy:
     pointwise: bool
     seeded: bool
     pool_scores: bool
+    pseudo_labels: bool
     cost: str
     memory: Callable[[Sizes, Any], int]
     work: Callable[[Sizes], float]
@@ -163,6 +166,10 @@ class Strategy:
         """The first line of the kernel's documentation."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
+    def optional_in(self, role: ReferenceRole | None) -> bool:
+        """Whether reference sets of a role may lack what the kernel has a default for: where they must be there."""
+        return any(each.required for each in self.inputs if each.role is role)
+
     @property
     def roles(self) -> list[ReferenceRole]:
         """The roles of the reference sets that it reads."""
@@ -170,7 +177,12 @@ class Strategy:
 
     def reads(self, name: str) -> bool:
         """Whether the input `name`, of the pool or with its role before it, is of use to this strategy."""
-        return any(name in each.names for each in self.inputs)
+        return any(base(name) in each.names for each in self.inputs)
+
+
+def base(name: str) -> str:
+    """What an input is one of: scales for scales[0].gradients; others are themselves."""
+    return name.partition("[")[0]
 
 
 STRATEGIES: dict[str, Strategy] = {}
@@ -187,6 +199,7 @@ def strategy(
     work: Callable[[Sizes], float] = _unknown_work,
     tasks: tuple[Task, ...] = (Task.MULTICLASS, Task.MULTILABEL),
     pool_scores: bool = True,
+    pseudo_labels: bool = False,
     seeded: bool = False,
     pointwise: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -198,9 +211,12 @@ def strategy(
     quotas, costs and the like, and is not asked to. `probabilities` come as float64, whether the caller sent them or
     logits: all of them, or as Predictions where they are annotated so. The function itself stays a plain function.
 
+    `samples` come as Samples, `scales` as a tuple of Scale, of which embeddings and gradients alone are one.
+
     An input with M rows is one of reference sets, its role before its name: labeled_embeddings, target_probabilities.
-    Sets of one role come one after the other as one tensor, the same in every slice. Where there are any, they have all
-    inputs that the kernel reads of that role, but for weights; where there are none, the kernel gets its defaults.
+    Sets of one role come one after the other as one tensor, the same in every slice. Where the kernel can do without
+    them, sets that are there have all inputs that it reads of that role, but for weights, and it gets its defaults
+    where there are none. Where an input of theirs is required, those with a default are not.
 
     memory(sizes, spec): the most bytes that the kernel holds at once beside its inputs; never less than it does, and at
     most twice that, inputs and all. work(sizes): multiply-adds, to tell short selections from long ones.
@@ -227,6 +243,7 @@ def strategy(
             pointwise=pointwise,
             seeded=seeded,
             pool_scores=pool_scores,
+            pseudo_labels=pseudo_labels,
             cost=cost,
             memory=memory,
             work=work,
@@ -288,7 +305,7 @@ def _inputs(function: Callable[..., Any]) -> tuple[Input, ...]:
             if typing.get_origin(option) is Annotated:
                 kind, shape = get_args(option)
                 required = value.default is inspect.Parameter.empty
-                found.append(Input(name, shape, required, lazy=kind is Predictions, role=_role(name, shape)))
+                found.append(Input(name, shape, required, kind, _role(name, shape)))
     return tuple(found)
 
 
@@ -329,6 +346,7 @@ def select(
     seed: int = 0,
     limits: Limits | None = None,
     scores: Tensor | None = None,
+    samples_kind: SamplesKind = SamplesKind.PROBABILITIES,
 ) -> Selection:
     """Runs a strategy on checked inputs.
 
@@ -342,7 +360,7 @@ def select(
         if scores is None:
             scores = _score(strategy, inputs, spec, task, pool)
         return _limited(rank(scores, choice), choice)
-    ready = _resolved(strategy, inputs, task)
+    ready = _resolved(strategy, inputs, task, samples_kind)
     for each in strategy.inputs:
         x = ready.get(each.name)
         if each.field == "probabilities" and task is Task.MULTILABEL and isinstance(x, Tensor):
@@ -370,16 +388,28 @@ def _wanted(strategy: Strategy, offered: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in offered.items() if name in strategy.keywords}
 
 
-def _resolved(strategy: Strategy, inputs: Mapping[str, Tensor], task: Task) -> dict[str, Any]:
+def _resolved(
+    strategy: Strategy,
+    inputs: Mapping[str, Tensor],
+    task: Task,
+    samples_kind: SamplesKind = SamplesKind.PROBABILITIES,
+) -> dict[str, Any]:
     """The inputs by the names that the kernel declares, with `probabilities` as distributions over the last axis."""
     ready: dict[str, Any] = {}
     for wanted in strategy.inputs:
+        if wanted.field == "scales":
+            scales = scales_of(inputs, wanted.name.removesuffix("scales"))
+            if scales:
+                ready[wanted.name] = scales
+            continue
         for name in wanted.names:
             if name in inputs:
                 ready[wanted.name] = inputs[name]
                 if wanted.field == "probabilities":
-                    made, logits = Predictions if wanted.lazy else distributions, name != wanted.name
+                    made, logits = Predictions if wanted.kind is Predictions else distributions, name != wanted.name
                     ready[wanted.name] = made(inputs[name], logits=logits, multilabel=task is Task.MULTILABEL)
+                elif wanted.field == "samples":
+                    ready[wanted.name] = Samples(inputs[name], samples_kind)
     return ready
 
 
@@ -392,7 +422,7 @@ def rank(scores: Tensor, choice: Choice) -> Selection:
 def per_row(strategy: Strategy, names: Iterable[str]) -> list[str]:
     """Those of the inputs that have a row per row of the pool."""
     shapes = {name: each.shape for each in strategy.inputs for name in each.names}
-    return [name for name in names if shapes[name].startswith("N")]
+    return [name for name in names if shapes[base(name)].startswith("N")]
 
 
 def _score(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task, pool: Shards) -> Tensor:

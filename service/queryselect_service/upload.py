@@ -91,7 +91,7 @@ class Upload:
         self._request, self._look = request, check
         self._expected = {array.path: array for array in request.arrays if array.data is None}
         self._coverage = {path: Coverage() for path in self._expected}
-        by_block = {array.name: array for array in self._expected.values() if in_blocks(request, array)}
+        by_block = {array.key: array for array in self._expected.values() if in_blocks(request, array)}
         self.blocks = Blocks(by_block, request.size, reserve, widest=_widest(request))
         apart = {array.path for array in (*request.unused, *by_block.values())}
         self._buffers = {path: _bytes(array.nbytes) for path, array in self._expected.items() if path not in apart}
@@ -138,7 +138,7 @@ class Upload:
             if self._coverage[part.path].total == array.nbytes:
                 self._complete(part.path)
         elif in_blocks(self._request, array):
-            self.blocks.write(array.name, part.offset, data)
+            self.blocks.write(array.key, part.offset, data)
         self._check()
 
     def finish(self) -> None:
@@ -188,7 +188,7 @@ class Upload:
 
 def in_blocks(request: Request, array: Array) -> bool:
     """Whether a streamed tensor is looked at block by block and never held."""
-    read = array.name in request.used and array.per_row
+    read = array.key in request.used and array.per_row
     return read and array.data is None and (request.strategy.pointwise or request.validate_only)
 
 

@@ -102,37 +102,29 @@ def decode(message: selection_pb2.SelectRequest, buffers: Buffers | None, settin
             name="max_references",
             field="references",
         )
-    read = {field for each in _every_input() if each.role is None for field in each.fields}
+    read = _served(None)
     _refuse_unserved(pool, "pool.", {*read, *ROW_LISTS, "costs", "quotas", "ids", "num_rows"})
-    for value in message.returns:
-        name = _enum_name(selection_pb2.Return.DESCRIPTOR, value, "returns")
-        if name not in ("UNSPECIFIED", "POOL_SCORES"):
-            raise Unsupported(f"this server does not return {name}", field="returns")
+    returns = {_enum_name(selection_pb2.Return.DESCRIPTOR, value, "returns") for value in message.returns}
+    for name in returns - {"UNSPECIFIED", "POOL_SCORES", "PSEUDO_LABELS"}:
+        raise Unsupported(f"this server does not return {name}", field="returns")
     task = _enum_name(strategy_pb2.Task.DESCRIPTOR, message.task, "task")
-
-    def arrays(letters: Mapping[str, str]) -> dict[str, Array]:
-        return {
-            name: decode_tensor(getattr(pool, name), f"pool.{name}", buffers, each)
-            for name, each in letters.items()
-            if pool.HasField(name)  # type: ignore[arg-type]
-        }
 
     return Request(
         strategy=strategy,
         spec=spec,
         path=path,
-        inputs=arrays(INPUTS),
+        inputs=_decode_inputs(pool, "pool", INPUTS, "N", buffers),
         references=[
             _decode_reference(each, f"references[{at}]", strategy, buffers)
             for at, each in enumerate(message.references)
         ],
-        row_lists=arrays(dict.fromkeys(ROW_LISTS, "")),
+        row_lists=_decode_tensors(pool, "pool", dict.fromkeys(ROW_LISTS, ""), buffers),
         terms=_decode_terms(message, buffers, settings),
         num_rows=pool.num_rows if pool.HasField("num_rows") else None,
         max_items=message.stop.max_items if message.stop.HasField("max_items") else None,
         task=Task.MULTICLASS if task == "UNSPECIFIED" else Task(task),
         seed=message.seed,
-        want_pool_scores=selection_pb2.RETURN_POOL_SCORES in message.returns,
+        returns=frozenset(returns),
         validate_only=message.validate_only,
         ids=_decode_ids(pool, buffers),
     )
@@ -163,15 +155,49 @@ def _decode_reference(
     if role not in served:
         words = f"no query strategy of this server reads references of role {role}"
         raise Unsupported(words, field=f"{path}.role")
-    _refuse_unserved(
-        message, f"{path}.", {"role", *(field for each in _every_input() if each.role is role for field in each.fields)}
-    )
-    inputs = {
-        field: decode_tensor(getattr(message, field), f"{path}.{field}", buffers, letters)
-        for field, letters in REFERENCE_INPUTS.items()
-        if message.HasField(field)  # type: ignore[arg-type]
+    _refuse_unserved(message, f"{path}.", {"role", *_served(role)})
+    return Reference(path, role, _decode_inputs(message, path, REFERENCE_INPUTS, "M", buffers))
+
+
+def _served(role: ReferenceRole | None) -> set[str]:
+    """The fields of a pool, or of a reference set of a role, that some strategy here reads."""
+    read = {field for each in _every_input() if each.role is role for field in each.fields}
+    return read | ({"samples_kind"} if "samples" in read else set())
+
+
+def _decode_inputs(
+    message: selection_pb2.Pool | selection_pb2.ReferenceSet,
+    path: str,
+    letters: Mapping[str, str],
+    rows: str,
+    buffers: Buffers | None,
+) -> dict[str, Array]:
+    """The tensors of a pool or of a reference set, and those of their scales. rows: the letter of their rows."""
+    found = _decode_tensors(message, path, letters, buffers)
+    for at, scale in enumerate(message.scales):
+        if not scale.HasField("embeddings"):
+            where = f"{path}.scales[{at}]"
+            raise InvalidInput(
+                f"{where} needs embeddings of shape ({rows} L); it has none", field=f"{where}.embeddings"
+            )
+        shapes = {"embeddings": f"{rows} L{at}", "gradients": f"{rows} P{at}"}
+        parts = _decode_tensors(scale, f"{path}.scales[{at}]", shapes, buffers)
+        found |= {f"scales[{at}].{name}": array for name, array in parts.items()}
+    if "samples" in found:
+        name = _enum_name(selection_pb2.SamplesKind.DESCRIPTOR, message.samples_kind, f"{path}.samples_kind")
+        found["samples"].kind = "PROBABILITIES" if name == "UNSPECIFIED" else name
+    return found
+
+
+def _decode_tensors(
+    message: Message, path: str, letters: Mapping[str, str], buffers: Buffers | None
+) -> dict[str, Array]:
+    """Those of the tensors named in `letters` that are set."""
+    return {
+        name: decode_tensor(getattr(message, name), f"{path}.{name}", buffers, each)
+        for name, each in letters.items()
+        if message.HasField(name)
     }
-    return Reference(path, role, inputs)
 
 
 def _decode_terms(message: selection_pb2.SelectRequest, buffers: Buffers | None, settings: Settings) -> Terms:
@@ -326,6 +352,7 @@ def describe(strategy: Strategy) -> strategy_pb2.StrategyDescription:
         cost=strategy.cost,
         seeded=strategy.seeded,
         pool_scores=strategy.pool_scores,
+        pseudo_labels=strategy.pseudo_labels,
         score_kind=_score_kind(strategy.score_kind),
         citation=strategy.citation,
         custom=strategy.custom,
@@ -399,6 +426,8 @@ def encode(selection: Selection | None, request: Request, large: Large | None = 
         tensors["ids.integers"] = request.ids.data[selection.indices]
     if selection.pool_scores is not None:
         tensors["pool_scores"] = selection.pool_scores()
+    if selection.pseudo_labels is not None:
+        tensors["pseudo_labels"] = selection.pseudo_labels()
     message.stop_reason = selection_pb2.StopReason.Value(f"STOP_REASON_{selection.stop_reason}")
     if selection.cost_spent is not None:
         message.cost_spent = selection.cost_spent

@@ -71,7 +71,8 @@ class TestEveryStrategy:
 
     def test_it_reads_inputs_that_a_pool_or_a_reference_set_has(self, name):
         for each in strategies.STRATEGIES[name].inputs:
-            inputs = INPUTS if each.role is None else REFERENCE_INPUTS
+            scales = {"scales": "N L" if each.role is None else "M L"}
+            inputs = {**(INPUTS if each.role is None else REFERENCE_INPUTS), **scales}
             assert inputs[each.field] == each.shape
             assert set(each.alternatives) <= set(inputs)
 

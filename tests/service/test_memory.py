@@ -40,6 +40,7 @@ class Case:
     params: tuple = ()
     offset: float = 0.0  # of embeddings from the origin
     quotas: int = 0  # with as many groups as picks, one pick each, and costs
+    references: int = 0  # rows of a set beside the pool
 
 
 CASES = [
@@ -70,12 +71,25 @@ CASES = [
     Case("bait", 20_000, 384, 10, k=20, params=(("top_classes", 2),)),
     Case("bait", 5_000, 256, 40, k=20, labeled=20),
     Case("bait", 1_000, 8, 61, k=40),  # the backward phase is what takes most
+    Case("fisher_kernel", 300_000, 160, k=125, references=10_000, params=(("kernel", "PCC"),)),
+    Case("fisher_kernel", 30_000, 1536, k=200, references=3_000, params=(("kernel", "PCC"),)),
+    Case("fisher_kernel", 200_000, 384, 10, k=100, references=2_000, params=(("kernel", "LAST_LAYER"),)),
 ]
 
 
-def required(strategy: strategies.Strategy) -> list[strategies.Input]:
-    """The inputs that a case gives: those that have to be there."""
-    return [each for each in strategy.inputs if each.required]
+def letters(case: Case) -> dict[str, str]:
+    """The second letter of the inputs that a case gives, by name: those that have to be there, scales as embeddings.
+
+    With classes of its own, a case that has references gives probabilities on both sides.
+    """
+    found = {}
+    for each in STRATEGIES[case.strategy].inputs:
+        if each.required:
+            name = each.name.replace("scales", "embeddings")
+            found[name] = "D" if each.field == "scales" else each.shape[-1]
+    if case.references and case.classes:
+        found |= {"probabilities": "C", "validation_probabilities": "C"}
+    return found
 
 
 def widths(case: Case) -> dict[str, int]:
@@ -91,12 +105,17 @@ def measure(case: Case) -> tuple[int, int]:
 
     def run(rows: int, k: int, labeled: int, watched: bool) -> tuple[int, int]:
         inputs = {}
-        for each in required(strategy):
-            x = np.random.default_rng(0).random((rows, widths(case)[each.shape[-1]]), np.float32)
-            if each.name == "probabilities" and case.task == "MULTICLASS":
+        for name, letter in letters(case).items():
+            count = min(rows, case.references) if name.startswith("validation") else rows
+            x = np.random.default_rng(0).random((count, widths(case)[letter]), np.float32)
+            if name.endswith("probabilities") and case.task == "MULTICLASS":
                 x /= x.sum(1, keepdims=True)
-            inputs[each.name] = torch.from_numpy(x).add_(case.offset).to(dtype)
+            inputs[name] = torch.from_numpy(x).add_(case.offset).to(dtype)
             del x
+        if case.references:
+            count = min(rows, case.references)
+            inputs["validation_labels"] = torch.arange(count) % (case.classes or 10)
+            inputs["validation_misclassified"] = torch.arange(count) % 3 > 0
         candidates = torch.ones(rows, dtype=torch.bool)
         candidates[:labeled] = False
         context = torch.arange(labeled)
@@ -124,21 +143,24 @@ def limits_of(case: Case, rows: int, k: int) -> Limits:
 
 def estimate(case: Case) -> int:
     strategy, item = STRATEGIES[case.strategy], getattr(torch, case.dtype).itemsize
-    letters = {each.shape[-1]: widths(case)[each.shape[-1]] for each in required(strategy)}
-    inputs = case.rows * sum(letters.values()) * item
-    sizes = Sizes(
+    inputs, sizes = 0, {}
+    for name, letter in letters(case).items():
+        sizes[letter] = widths(case)[letter]
+        inputs += (case.references if name.startswith("validation") else case.rows) * sizes[letter] * item
+    known = Sizes(
         entries=inputs // item,
         N=case.rows,
         k=case.k,
         L=case.labeled,
+        M=case.references,
         item=item,
         inputs=inputs,
         multilabel=case.task == "MULTILABEL",
-        **letters,
+        **sizes,
     )
     arrays = tuple(Array("pool.quotas", torch.int64, (case.rows,)) for _ in range(case.quotas))
     terms = Terms(tuple(Quota("") for _ in arrays), arrays)
-    return strategy.memory(sizes, build(strategy.spec, dict(case.params))) + terms.memory(case.rows, case.k)
+    return strategy.memory(known, build(strategy.spec, dict(case.params))) + terms.memory(case.rows, case.k)
 
 
 def measured(case: Case) -> tuple[int, int]:

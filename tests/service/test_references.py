@@ -11,7 +11,7 @@ import pytest
 import torch
 from google.rpc import error_details_pb2
 
-from queryselect import Client, Custom, InvalidInput, Unsupported
+from queryselect import Client, Custom, InvalidInput
 from queryselect.strategies import v1 as strategies
 from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2
 from queryselect_service import strategy as registry
@@ -274,7 +274,6 @@ def test_what_is_wrong_is_named(running, channel, message, field, words):
 
 
 UNREAD = {
-    "role": (S.ReferenceSet(role=S.REFERENCE_ROLE_VALIDATION, embeddings=tensor(E)), "role"),
     "input": (S.ReferenceSet(role=S.REFERENCE_ROLE_LABELED, labels=tensor([1, 2])), "labels"),
     "input of another role": (S.ReferenceSet(role=S.REFERENCE_ROLE_TARGET, embeddings=tensor(E)), "embeddings"),
     "samples kind": (S.ReferenceSet(role=S.REFERENCE_ROLE_LABELED, samples_kind=S.SAMPLES_KIND_LOGITS), "samples_kind"),
@@ -311,8 +310,8 @@ def test_the_client_leaves_the_words_to_the_server(client):
     assert (warning.code, warning.message) == ("UNUSED_INPUT", "margin does not read references[0]")
     with pytest.raises(InvalidInput, match="margin reads no references"):
         client.select("margin", 2, probabilities=P, reference={"embeddings": E})
-    with pytest.raises(Unsupported, match="references of role VALIDATION"):
-        client.select("margin", 2, probabilities=P, reference={"role": "VALIDATION", "embeddings": E})
+    (warning,) = client.select("margin", 2, probabilities=P, reference={"role": "VALIDATION", "embeddings": E}).warnings
+    assert (warning.code, warning.message) == ("UNUSED_INPUT", "margin does not read references[0]")
 
 
 # What is said of them
@@ -333,7 +332,7 @@ def test_list_strategies_tells_roles_and_inputs(remote):
 def test_inputs_of_reference_sets_are_named_by_their_role():
     inputs = {each.name: each for each in registry.PLUGINS["guided"].inputs}
     mine = inputs["labeled_probabilities"]
-    assert mine == Input("labeled_probabilities", "M C", False, lazy=True, role=ReferenceRole.LABELED)
+    assert mine == Input("labeled_probabilities", "M C", False, Predictions, ReferenceRole.LABELED)
     assert mine.names == ("labeled_probabilities", "labeled_logits")
     assert (mine.field, mine.fields) == ("probabilities", ("probabilities", "logits"))
     assert inputs["weights"].role is None

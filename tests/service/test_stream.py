@@ -107,12 +107,28 @@ def some_request(name: str, dtype: torch.dtype, rows: int) -> selection_pb2.Sele
     strategy, message = registry.STRATEGIES[name], strategy_pb2.Strategy()
     getattr(message, name).SetInParent()
     letters = {"N": rows, "D": 3, "C": 4, "K": 2, "P": 5, "L": 2, "M": 6}
+
+    def scales(count: int) -> list[selection_pb2.Scale]:
+        widths = ((2, 4), (3, 2))
+        return [
+            selection_pb2.Scale(
+                embeddings=some_tensor("embeddings", [count, z], dtype),
+                gradients=some_tensor("gradients", [count, g], dtype),
+            )
+            for z, g in widths
+        ]
+
     pool, references = {}, {role: selection_pb2.ReferenceSet() for role in strategy.roles}
     for each in strategy.inputs:
         shape = [letters[letter] for letter in each.shape.split()]
         if each.role is not None:
             references[each.role].role = selection_pb2.ReferenceRole.Value(f"REFERENCE_ROLE_{each.role}")
-            getattr(references[each.role], each.field).CopyFrom(some_tensor(each.field, shape, dtype))
+            if each.field == "scales":
+                references[each.role].scales.extend(scales(shape[0]))
+            else:
+                getattr(references[each.role], each.field).CopyFrom(some_tensor(each.field, shape, dtype))
+        elif each.name == "scales":
+            pool[each.name] = scales(rows)
         elif each.required:
             pool[each.name] = some_tensor(each.name, shape, dtype)
     mask = np.zeros(rows, bool)
@@ -134,6 +150,8 @@ def some_request(name: str, dtype: torch.dtype, rows: int) -> selection_pb2.Sele
 def some_tensor(name: str, shape: list[int], dtype: torch.dtype) -> tensor_pb2.Tensor:
     if name in INTEGER_INPUTS:
         return typed(torch.from_numpy(RNG.integers(0, 3, shape)))
+    if name == "misclassified":
+        return typed(torch.from_numpy(RNG.integers(0, 2, shape).astype(bool)))
     if name in ("probabilities", "samples"):
         return typed(torch.from_numpy(RNG.dirichlet(np.ones(shape[-1]), shape[:-1])).to(dtype))
     numbers = torch.from_numpy(RNG.normal(size=shape))

@@ -642,7 +642,7 @@ class ReferenceSet(google.protobuf.message.Message):
 
     @property
     def labels(self) -> queryselect.v1.tensor_pb2.Tensor:
-        """Class labels, shape (M), integer."""
+        """Class labels, 0 to C - 1, shape (M), integer; -1 is unknown."""
 
     @property
     def samples(self) -> queryselect.v1.tensor_pb2.Tensor:
@@ -841,7 +841,7 @@ class SelectResponse(google.protobuf.message.Message):
 
     @property
     def pseudo_labels(self) -> queryselect.v1.tensor_pb2.Tensor:
-        """The label that the strategy guessed for every row, shape (N), i64. When asked for."""
+        """The label that the strategy guessed for every row, shape (N), i64; -1 where there is none. When asked for."""
 
     @property
     def strategy(self) -> queryselect.v1.strategy_pb2.Strategy:

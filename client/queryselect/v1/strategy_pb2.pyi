@@ -147,6 +147,7 @@ class Strategy(google.protobuf.message.Message):
     BAIT_BINARY_FIELD_NUMBER: builtins.int
     BAIT_DIAGONAL_FIELD_NUMBER: builtins.int
     EXPECTED_GRADIENT_LENGTH_FIELD_NUMBER: builtins.int
+    FISHER_KERNEL_FIELD_NUMBER: builtins.int
     CUSTOM_FIELD_NUMBER: builtins.int
     @property
     def random(self) -> queryselect.strategies.v1.baseline_pb2.Random:
@@ -185,6 +186,10 @@ class Strategy(google.protobuf.message.Message):
         """Expected gradient length of the last layer."""
 
     @property
+    def fisher_kernel(self) -> queryselect.strategies.v1.fisher_pb2.FisherKernel:
+        """The Fisher kernel of a held-out set."""
+
+    @property
     def custom(self) -> queryselect.strategies.v1.plugin_pb2.Custom:
         """A strategy that the operator installed."""
 
@@ -200,11 +205,12 @@ class Strategy(google.protobuf.message.Message):
         bait_binary: queryselect.strategies.v1.fisher_pb2.BaitBinary | None = ...,
         bait_diagonal: queryselect.strategies.v1.fisher_pb2.BaitDiagonal | None = ...,
         expected_gradient_length: queryselect.strategies.v1.fisher_pb2.ExpectedGradientLength | None = ...,
+        fisher_kernel: queryselect.strategies.v1.fisher_pb2.FisherKernel | None = ...,
         custom: queryselect.strategies.v1.plugin_pb2.Custom | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "custom", b"custom", "entropy", b"entropy", "expected_gradient_length", b"expected_gradient_length", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "random", b"random"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "custom", b"custom", "entropy", b"entropy", "expected_gradient_length", b"expected_gradient_length", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "random", b"random"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "bait", "bait_binary", "bait_diagonal", "expected_gradient_length", "custom"] | None: ...
+    def HasField(self, field_name: typing.Literal["bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "custom", b"custom", "entropy", b"entropy", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "random", b"random"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "custom", b"custom", "entropy", b"entropy", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "random", b"random"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "bait", "bait_binary", "bait_diagonal", "expected_gradient_length", "fisher_kernel", "custom"] | None: ...
 
 global___Strategy = Strategy
 
@@ -258,6 +264,7 @@ class StrategyDescription(google.protobuf.message.Message):
     CITATION_FIELD_NUMBER: builtins.int
     CUSTOM_FIELD_NUMBER: builtins.int
     REFERENCES_FIELD_NUMBER: builtins.int
+    PSEUDO_LABELS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The canonical name; for a plug-in, the name to put in Custom."""
     summary: builtins.str
@@ -274,6 +281,8 @@ class StrategyDescription(google.protobuf.message.Message):
     """The paper."""
     custom: builtins.bool
     """Whether it is a plug-in, reached by Custom."""
+    pseudo_labels: builtins.bool
+    """Whether PSEUDO_LABELS can be asked for."""
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___InputDescription]:
         """The pool's inputs that it reads."""
@@ -305,9 +314,10 @@ class StrategyDescription(google.protobuf.message.Message):
         citation: builtins.str | None = ...,
         custom: builtins.bool | None = ...,
         references: collections.abc.Iterable[global___ReferenceDescription] | None = ...,
+        pseudo_labels: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "citation", b"citation", "cost", b"cost", "custom", b"custom", "name", b"name", "pool_scores", b"pool_scores", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "citation", b"citation", "cost", b"cost", "custom", b"custom", "inputs", b"inputs", "name", b"name", "parameters", b"parameters", "pool_scores", b"pool_scores", "references", b"references", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary", "tasks", b"tasks"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_pseudo_labels", b"_pseudo_labels", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "citation", b"citation", "cost", b"cost", "custom", b"custom", "name", b"name", "pool_scores", b"pool_scores", "pseudo_labels", b"pseudo_labels", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_pseudo_labels", b"_pseudo_labels", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "citation", b"citation", "cost", b"cost", "custom", b"custom", "inputs", b"inputs", "name", b"name", "parameters", b"parameters", "pool_scores", b"pool_scores", "pseudo_labels", b"pseudo_labels", "references", b"references", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary", "tasks", b"tasks"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_citation", b"_citation"]) -> typing.Literal["citation"] | None: ...
     @typing.overload
@@ -318,6 +328,8 @@ class StrategyDescription(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_name", b"_name"]) -> typing.Literal["name"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_pool_scores", b"_pool_scores"]) -> typing.Literal["pool_scores"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_pseudo_labels", b"_pseudo_labels"]) -> typing.Literal["pseudo_labels"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_score_kind", b"_score_kind"]) -> typing.Literal["score_kind"] | None: ...
     @typing.overload
@@ -339,7 +351,7 @@ class ReferenceDescription(google.protobuf.message.Message):
     """The role: a ReferenceRole without its prefix, such as "LABELED"."""
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___InputDescription]:
-        """The inputs that it reads. A set of the role has all of them, but for weights."""
+        """The inputs that it reads. A set of the role has all that are required; where none is, all of them, but for weights."""
 
     def __init__(
         self,

@@ -195,10 +195,10 @@ def _rounding(dtype: torch.dtype, dims: int) -> float:
     eps = torch.finfo(dtype).eps
     if dtype == torch.float64:
         return eps * (8 + 2 * dims)
-    return _coarseness() + eps * (8 + min(dims, TERMS) / 2 + dims / TERMS)
+    return coarseness() + eps * (8 + min(dims, TERMS) / 2 + dims / TERMS)
 
 
-def _coarseness() -> float:
+def coarseness() -> float:
     """What products in float32 lose where a process has allowed torch to round their factors: nothing by default."""
     try:
         precision = torch.get_float32_matmul_precision()

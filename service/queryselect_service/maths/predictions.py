@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,39 @@ class Predictions:
         mode, rest = split_mode(found)
         at = found.argmax(-1, keepdim=True)
         return (found * (1 - found)).scatter(-1, at, (mode * rest.sum(-1))[:, None])
+
+
+class SamplesKind(enum.StrEnum):
+    """What predictions under parameter samples are."""
+
+    PROBABILITIES = "PROBABILITIES"
+    LOG_PROBABILITIES = "LOG_PROBABILITIES"
+    LOGITS = "LOGITS"
+
+
+class Samples:
+    """Predictions of all rows under K parameter samples, made of what the caller sent where they are read.
+
+    Indexed by rows they are float64 distributions over the last axis, (r, K, C).
+
+    values: (n, K, C) as sent.
+    """
+
+    def __init__(self, values: Tensor, kind: SamplesKind = SamplesKind.PROBABILITIES) -> None:
+        self.values, self.kind = values, kind
+        self.shape, self.device = values.shape, values.device
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return distributions(self.values[rows], logits=self.kind is not SamplesKind.PROBABILITIES, multilabel=False)
+
+    def logarithms(self, rows: slice | Tensor) -> Tensor:
+        """Natural logarithms of the same, with all digits where logits or logarithms were sent."""
+        if self.kind is SamplesKind.PROBABILITIES:
+            return self[rows].log()
+        return torch.log_softmax(self.values[rows].double(), dim=-1)
 
 
 def split_mode(p: Tensor) -> tuple[Tensor, Tensor]:

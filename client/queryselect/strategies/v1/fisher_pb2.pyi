@@ -85,6 +85,122 @@ OBJECTIVE_TRACE: Objective.ValueType  # 1
 """tr(M^-1 F)."""
 global___Objective = Objective
 
+class _Kernel:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _KernelEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Kernel.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    KERNEL_UNSPECIFIED: _Kernel.ValueType  # 0
+    """The strategy's own default."""
+    KERNEL_PRODUCT: _Kernel.ValueType  # 1
+    """The product of the correlations of descriptors and of gradients, summed over scales: the paper's equation 12."""
+    KERNEL_SUM: _Kernel.ValueType  # 2
+    """The sum of both, as in the authors' code."""
+    KERNEL_PCC: _Kernel.ValueType  # 3
+    """The correlation of descriptors alone."""
+    KERNEL_LAST_LAYER: _Kernel.ValueType  # 4
+    """The product of embeddings and of residuals p - y, which needs no gradients: the paper's equation 11."""
+
+class Kernel(_Kernel, metaclass=_KernelEnumTypeWrapper):
+    """What makes two rows similar in the Fisher kernel."""
+
+KERNEL_UNSPECIFIED: Kernel.ValueType  # 0
+"""The strategy's own default."""
+KERNEL_PRODUCT: Kernel.ValueType  # 1
+"""The product of the correlations of descriptors and of gradients, summed over scales: the paper's equation 12."""
+KERNEL_SUM: Kernel.ValueType  # 2
+"""The sum of both, as in the authors' code."""
+KERNEL_PCC: Kernel.ValueType  # 3
+"""The correlation of descriptors alone."""
+KERNEL_LAST_LAYER: Kernel.ValueType  # 4
+"""The product of embeddings and of residuals p - y, which needs no gradients: the paper's equation 11."""
+global___Kernel = Kernel
+
+class _PseudoLabel:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PseudoLabelEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PseudoLabel.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PSEUDO_LABEL_UNSPECIFIED: _PseudoLabel.ValueType  # 0
+    """The strategy's own default."""
+    PSEUDO_LABEL_NEAREST: _PseudoLabel.ValueType  # 1
+    """That of the reference row whose descriptor is most like the row's."""
+    PSEUDO_LABEL_PREDICTED: _PseudoLabel.ValueType  # 2
+    """The likeliest class."""
+    PSEUDO_LABEL_PROVIDED: _PseudoLabel.ValueType  # 3
+    """The caller's own: pool.pseudo_labels."""
+    PSEUDO_LABEL_MC_TRACE: _PseudoLabel.ValueType  # 4
+    """The class of the largest trace of the covariance of embedding and gradient over samples."""
+    PSEUDO_LABEL_MC_MUTUAL_INFORMATION: _PseudoLabel.ValueType  # 5
+    """The class of the largest mutual information of embedding and gradient over samples."""
+
+class PseudoLabel(_PseudoLabel, metaclass=_PseudoLabelEnumTypeWrapper):
+    """The label behind a pool row's gradient."""
+
+PSEUDO_LABEL_UNSPECIFIED: PseudoLabel.ValueType  # 0
+"""The strategy's own default."""
+PSEUDO_LABEL_NEAREST: PseudoLabel.ValueType  # 1
+"""That of the reference row whose descriptor is most like the row's."""
+PSEUDO_LABEL_PREDICTED: PseudoLabel.ValueType  # 2
+"""The likeliest class."""
+PSEUDO_LABEL_PROVIDED: PseudoLabel.ValueType  # 3
+"""The caller's own: pool.pseudo_labels."""
+PSEUDO_LABEL_MC_TRACE: PseudoLabel.ValueType  # 4
+"""The class of the largest trace of the covariance of embedding and gradient over samples."""
+PSEUDO_LABEL_MC_MUTUAL_INFORMATION: PseudoLabel.ValueType  # 5
+"""The class of the largest mutual information of embedding and gradient over samples."""
+global___PseudoLabel = PseudoLabel
+
+class _ReferenceLabel:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ReferenceLabelEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ReferenceLabel.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    REFERENCE_LABEL_UNSPECIFIED: _ReferenceLabel.ValueType  # 0
+    """The strategy's own default."""
+    REFERENCE_LABEL_TRUE: _ReferenceLabel.ValueType  # 1
+    """Its own."""
+    REFERENCE_LABEL_PREDICTED: _ReferenceLabel.ValueType  # 2
+    """The likeliest class."""
+
+class ReferenceLabel(_ReferenceLabel, metaclass=_ReferenceLabelEnumTypeWrapper):
+    """The label behind a reference row's gradient."""
+
+REFERENCE_LABEL_UNSPECIFIED: ReferenceLabel.ValueType  # 0
+"""The strategy's own default."""
+REFERENCE_LABEL_TRUE: ReferenceLabel.ValueType  # 1
+"""Its own."""
+REFERENCE_LABEL_PREDICTED: ReferenceLabel.ValueType  # 2
+"""The likeliest class."""
+global___ReferenceLabel = ReferenceLabel
+
+class _ReferenceSubset:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ReferenceSubsetEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ReferenceSubset.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    REFERENCE_SUBSET_UNSPECIFIED: _ReferenceSubset.ValueType  # 0
+    """The strategy's own default."""
+    REFERENCE_SUBSET_MISCLASSIFIED: _ReferenceSubset.ValueType  # 1
+    """Those that the model gets wrong."""
+    REFERENCE_SUBSET_ALL: _ReferenceSubset.ValueType  # 2
+    """All."""
+
+class ReferenceSubset(_ReferenceSubset, metaclass=_ReferenceSubsetEnumTypeWrapper):
+    """The reference rows that count."""
+
+REFERENCE_SUBSET_UNSPECIFIED: ReferenceSubset.ValueType  # 0
+"""The strategy's own default."""
+REFERENCE_SUBSET_MISCLASSIFIED: ReferenceSubset.ValueType  # 1
+"""Those that the model gets wrong."""
+REFERENCE_SUBSET_ALL: ReferenceSubset.ValueType  # 2
+"""All."""
+global___ReferenceSubset = ReferenceSubset
+
 @typing.final
 class Bait(google.protobuf.message.Message):
     """BAIT: rows that leave the least uncertainty about the whole pool."""
@@ -258,3 +374,60 @@ class ExpectedGradientLength(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_squared", b"_squared"]) -> typing.Literal["squared"] | None: ...
 
 global___ExpectedGradientLength = ExpectedGradientLength
+
+@typing.final
+class FisherKernel(google.protobuf.message.Message):
+    """The Fisher kernel: rows most like those of a held-out set that the model gets wrong."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KERNEL_FIELD_NUMBER: builtins.int
+    PSEUDO_LABEL_FIELD_NUMBER: builtins.int
+    REFERENCE_LABEL_FIELD_NUMBER: builtins.int
+    REFERENCE_SUBSET_FIELD_NUMBER: builtins.int
+    FIRST_CENTER_FIELD_NUMBER: builtins.int
+    AUTHOR_COMPAT_FIELD_NUMBER: builtins.int
+    COARSE_PRODUCTS_FIELD_NUMBER: builtins.int
+    kernel: global___Kernel.ValueType
+    """What makes two rows similar. Default: PRODUCT."""
+    pseudo_label: global___PseudoLabel.ValueType
+    """The label behind a pool row's gradient. Default: NEAREST."""
+    reference_label: global___ReferenceLabel.ValueType
+    """The label behind a reference row's gradient. Default: PREDICTED with pseudo_label PREDICTED, else TRUE."""
+    reference_subset: global___ReferenceSubset.ValueType
+    """The reference rows that count. Default: MISCLASSIFIED."""
+    first_center: builtins.int
+    """The reference row that k-centres begin with, where they are needed. Default: drawn by the seed."""
+    author_compat: builtins.bool
+    """Whether centres may repeat and one entry of the ranking is passed over, as in the authors' code. Default: false."""
+    coarse_products: builtins.bool
+    """Whether pairs are looked for by bfloat16 products; what may be best is scored again. Default: false."""
+    def __init__(
+        self,
+        *,
+        kernel: global___Kernel.ValueType | None = ...,
+        pseudo_label: global___PseudoLabel.ValueType | None = ...,
+        reference_label: global___ReferenceLabel.ValueType | None = ...,
+        reference_subset: global___ReferenceSubset.ValueType | None = ...,
+        first_center: builtins.int | None = ...,
+        author_compat: builtins.bool | None = ...,
+        coarse_products: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_author_compat", b"_author_compat", "_coarse_products", b"_coarse_products", "_first_center", b"_first_center", "_kernel", b"_kernel", "_pseudo_label", b"_pseudo_label", "_reference_label", b"_reference_label", "_reference_subset", b"_reference_subset", "author_compat", b"author_compat", "coarse_products", b"coarse_products", "first_center", b"first_center", "kernel", b"kernel", "pseudo_label", b"pseudo_label", "reference_label", b"reference_label", "reference_subset", b"reference_subset"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_author_compat", b"_author_compat", "_coarse_products", b"_coarse_products", "_first_center", b"_first_center", "_kernel", b"_kernel", "_pseudo_label", b"_pseudo_label", "_reference_label", b"_reference_label", "_reference_subset", b"_reference_subset", "author_compat", b"author_compat", "coarse_products", b"coarse_products", "first_center", b"first_center", "kernel", b"kernel", "pseudo_label", b"pseudo_label", "reference_label", b"reference_label", "reference_subset", b"reference_subset"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_author_compat", b"_author_compat"]) -> typing.Literal["author_compat"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_coarse_products", b"_coarse_products"]) -> typing.Literal["coarse_products"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_first_center", b"_first_center"]) -> typing.Literal["first_center"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_kernel", b"_kernel"]) -> typing.Literal["kernel"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_pseudo_label", b"_pseudo_label"]) -> typing.Literal["pseudo_label"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_reference_label", b"_reference_label"]) -> typing.Literal["reference_label"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_reference_subset", b"_reference_subset"]) -> typing.Literal["reference_subset"] | None: ...
+
+global___FisherKernel = FisherKernel
