@@ -80,7 +80,9 @@ LABELS = replace(
     quick=Case(Sizes(N=400, S=24, C=4, M=60, k=8)),
     cpu=(Case(Sizes(N=50_000, S=80, C=10, M=10_000, k=125), ratios={SCHEME: 2}),),
     cuda=(Case(Sizes(N=500_000, S=768, C=10, M=104_000, k=1250)),),
-    scaling=Scaling(Sizes(N=10_000, S=80, C=10, M=2000, k=50), {"N": (5_000, 40_000), "M": (1000, 8000), "C": (10, 80)}),
+    scaling=Scaling(
+        Sizes(N=10_000, S=80, C=10, M=2000, k=50), {"N": (5_000, 40_000), "M": (1000, 8000), "C": (10, 80)}
+    ),
 )
 
 

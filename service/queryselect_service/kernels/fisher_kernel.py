@@ -14,17 +14,21 @@ from queryselect_service.errors import InvalidInput
 from queryselect_service.maths.descriptors import (
     Head,
     Scale,
+    Term,
     Terms,
+    alive,
     batches,
+    coarse,
     error_bound,
-    lengths,
-    merged,
+    joined,
     paired,
+    product,
     residuals,
     similarity,
     spans_bytes,
     standardized,
     taken,
+    total,
 )
 from queryselect_service.maths.distances import power_of_two
 from queryselect_service.maths.noise import uniform
@@ -202,6 +206,11 @@ class _Side:
         return sum(x.shape[1] for each in self.scales for x in (each.embeddings, each.gradients) if x is not None)
 
     @property
+    def _widths(self) -> list[int]:
+        """The features of every scale."""
+        return [each.embeddings.shape[1] for each in self.scales]
+
+    @property
     def derives(self) -> bool:
         """Whether gradients of the last layer are made here."""
         if self.kernel is Kernel.LAST_LAYER:
@@ -216,22 +225,29 @@ class _Side:
     def terms(self, rows: slice | Tensor, dtype: torch.dtype) -> Terms:
         """The terms of some rows: what the kernel compares."""
         if self.kernel is Kernel.PCC:
-            return merged(self.embeddings(rows, dtype))
+            return total(self.embeddings(rows, dtype), self._widths)
         if self.kernel is Kernel.LAST_LAYER:
-            return [(self.last[rows].to(dtype) * self.factor, self._residuals(rows).to(dtype))]
-        gradients = [each.gradients for each in self.scales]
-        found = [None if g is None else standardized(g[rows], dtype) for g in gradients]
+            factors = self.last[rows].to(dtype) * self.factor, self._residuals(rows).to(dtype)
+            lengths = [torch.linalg.vector_norm(factor.double(), dim=1) for factor in factors]
+            return [Term(factors, lengths[0] * lengths[1])]
+        gradients = {
+            at: (standardized(each.gradients[rows], dtype), each.gradients.shape[1])
+            for at, each in enumerate(self.scales)
+            if each.gradients is not None
+        }
         if self.derives and self.head is not None:
-            found[-1] = self.head.standardized(self._residuals(rows), dtype)
+            derived = self.head.standardized(self._residuals(rows), dtype)
+            gradients[len(self.scales) - 1] = derived, self.head.width
         z = self.embeddings(rows, dtype)
         if self.kernel is Kernel.SUM:
-            return merged([*z, *(g for g in found if g is not None)])
-        return [(each, g) for each, g in zip(z, found, strict=True) if g is not None]
+            g, widths = zip(*gradients.values(), strict=True)
+            return total([*z, *g], [*self._widths, *widths])
+        return [product(z[at], g, widths=(self._widths[at], width)) for at, (g, width) in gradients.items()]
 
     def whole(self, rows: Tensor, dtype: torch.dtype, pool: Shards) -> Terms:
         """The same of many rows, a span at a time."""
         parts = [self.terms(rows[span], dtype) for span in pool.spans(len(rows), 64 * self.widths)]
-        return [tuple(torch.cat(factors) for factors in zip(*terms, strict=True)) for terms in zip(*parts, strict=True)]
+        return joined(parts)
 
     def predicted(self, pool: Shards) -> tuple[Tensor, Tensor]:
         """The likeliest class (n,) of every row, and its probability."""
@@ -397,12 +413,7 @@ def _first(subset: Tensor, wrong: Terms, spec: FisherKernel, seed: int) -> Tenso
             raise InvalidInput(words, field="first_center")
         return at[0, 0]
     keys = uniform(seed, subset)
-    return torch.where(_alive(wrong), keys, -1.0).argmax()
-
-
-def _alive(terms: Terms) -> Tensor:
-    """Which rows (n,) are like anything."""
-    return torch.stack(lengths(terms)).sum(0) > 0
+    return torch.where(alive(wrong), keys, -1.0).argmax()
 
 
 def _k_centers(wrong: Terms, first: Tensor, k: int, pool: Shards, *, author_compat: bool) -> Tensor:
@@ -410,16 +421,17 @@ def _k_centers(wrong: Terms, first: Tensor, k: int, pool: Shards, *, author_comp
 
     Neither a row twice nor one that is like nothing, but with author_compat.
     """
-    count, width = len(wrong[0][0]), sum(factor.shape[1] for term in wrong for factor in term)
-    free = torch.ones(count, dtype=torch.bool, device=first.device) if author_compat else _alive(wrong)
+    factors = [factor for term in wrong for factor in term.factors]
+    count, row_bytes = len(factors[0]), sum(factor.shape[1] * factor.element_size() for factor in factors)
+    free = torch.ones(count, dtype=torch.bool, device=first.device) if author_compat else alive(wrong)
     k = k if author_compat else max(1, min(k, int(free.count_nonzero())))
-    closest = torch.full((count,), -torch.inf, dtype=wrong[0][0].dtype, device=first.device)
+    closest = torch.full((count,), -torch.inf, dtype=factors[0].dtype, device=first.device)
     chosen, row = first.new_empty(k), first
     for step in range(k):
         pool.progress(step, 2 * k)
         chosen[step] = row
         centre = taken(wrong, row[None])
-        for span in pool.spans(count, wrong[0][0].element_size() * width):
+        for span in pool.spans(count, row_bytes):
             torch.maximum(closest[span], similarity(taken(wrong, span), centre)[:, 0], out=closest[span])
         if not author_compat:
             free.index_fill_(0, row[None], False)
@@ -433,14 +445,13 @@ class _Centres:
     def __init__(self, terms: Terms, exact: Terms, *, coarse: bool) -> None:
         self.coarse, self.exact = coarse, exact
         self.terms = self.coarsened(terms)
-        self.lengths = lengths(self.terms)
 
     def __len__(self) -> int:
-        return len(self.exact[0][0])
+        return len(self.terms[0].lengths)
 
     def coarsened(self, terms: Terms) -> Terms:
         """Terms as they are multiplied."""
-        return [tuple(factor.bfloat16() for factor in term) for term in terms] if self.coarse else terms
+        return coarse(terms) if self.coarse else terms
 
 
 def _fill(
@@ -479,13 +490,13 @@ def _best_rows(
     Products tell which rows may be among them; those are compared in float64.
     """
     count, n, device = len(centres), len(rows), rows.last.device
-    mine, alive = BestRows(count, keep, device), torch.ones(n, dtype=torch.bool, device=device)
+    mine, some = BestRows(count, keep, device), torch.ones(n, dtype=torch.bool, device=device)
     for number, span in enumerate(pool.spans(n, spans_bytes(rows.widths, count, work.itemsize))):
         pool.progress(choice.k + span.start * choice.k // max(1, n), 2 * choice.k)
-        terms = centres.coarsened(rows.terms(span, work))
-        size = lengths(terms)
-        alive[span] = torch.stack(size).sum(0) > 0
-        error = error_bound(centres.lengths, size, terms)  # (c,)
+        terms = rows.terms(span, work)
+        some[span] = alive(terms)
+        terms = centres.coarsened(terms)
+        error = error_bound(centres.terms, terms)  # (c,)
         found = similarity(centres.terms, terms)  # (c, s)
         found.masked_fill_(~choice.allowed[span], -torch.inf)
         bar = mine.bar - error
@@ -502,7 +513,7 @@ def _best_rows(
     for values, numbers in pool.blocks(mine.values.T.contiguous(), mine.rows.T.contiguous()):
         rank, centre = (numbers >= 0).nonzero().unbind(1)
         every.add(centre, numbers[rank, centre], values[rank, centre])
-    dead = pool.offset + (~alive).nonzero().squeeze(1)
+    dead = pool.offset + (~some).nonzero().squeeze(1)
     return every, torch.cat([dead[:0], *(block for (block,) in pool.blocks(dead))])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from queryselect_service.maths.descriptors import Head, Terms, error_bound, lengths, similarity
+from queryselect_service.maths.descriptors import Head, Terms, error_bound, similarity
 from queryselect_service.maths.predictions import Samples
 
 #: Added to the covariances of embedding and gradient, as in the authors' code.
@@ -19,14 +19,17 @@ def nearest(rows: Terms, references: Terms, exact: Callable[[Tensor, Tensor], Te
 
     exact: gives the similarity (p,) of pairs of a row and a reference in float64, for those that come near.
     """
-    found, last = similarity(rows, references), len(references[0][0])  # (n, M)
+    found, last = similarity(rows, references), len(references[0].lengths)  # (n, M)
     best, at = found.max(1)
-    bar = best.double() - 2 * error_bound(lengths(rows), lengths(references), rows)
-    near = found >= (bar if found.dtype is torch.float64 else bar.float())[:, None]
-    doubtful = (near.sum(1) > 1).nonzero().squeeze(1)
+    bar = best.double() - 2 * error_bound(rows, references)
+    bar = bar if found.dtype is torch.float64 else bar.float()
+    second = found.scatter_(1, at[:, None], -torch.inf).amax(1)
+    doubtful = (second >= bar).nonzero().squeeze(1)
     if not len(doubtful):
         return at
-    row, reference = near[doubtful].nonzero().unbind(1)  # (p,)
+    near = found[doubtful] >= bar[doubtful, None]
+    near.scatter_(1, at[doubtful, None], value=True)
+    row, reference = near.nonzero().unbind(1)  # (p,)
     score = exact(doubtful[row], reference)
     highest = score.new_full((len(doubtful),), -torch.inf).scatter_reduce_(0, row, score, "amax")
     candidate = torch.where(score == highest[row], reference, last)
