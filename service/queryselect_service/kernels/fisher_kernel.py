@@ -31,6 +31,7 @@ from queryselect_service.maths.descriptors import (
     total,
 )
 from queryselect_service.maths.distances import power_of_two
+from queryselect_service.maths.least_like import k_centers
 from queryselect_service.maths.noise import uniform
 from queryselect_service.maths.predictions import Predictions, Samples
 from queryselect_service.maths.pseudo_labels import mutual_information, nearest, trace
@@ -354,7 +355,9 @@ def fisher_kernel(  # noqa: PLR0917  # its inputs, all passed by name
 
     wrong = references.whole(subset, work, pool)
     if len(subset) > choice.k:
-        at = _k_centers(wrong, _first(subset, wrong, spec, seed), choice.k, pool, author_compat=spec.author_compat)
+        # The authors' code takes a row that is like nothing again and again.
+        free = torch.ones(len(subset), dtype=torch.bool, device=subset.device) if spec.author_compat else alive(wrong)
+        at = k_centers(wrong, _first(subset, wrong, spec, seed), choice.k, free, pool, repeat=spec.author_compat)
         subset, wrong = subset[at], taken(wrong, at)
     centres = _Centres(wrong, references.whole(subset, torch.float64, pool), coarse=spec.coarse_products)
     indices, scores, inert = _fill(rows, centres, choice, pool, work, author_compat=spec.author_compat)
@@ -414,29 +417,6 @@ def _first(subset: Tensor, wrong: Terms, spec: FisherKernel, seed: int) -> Tenso
         return at[0, 0]
     keys = uniform(seed, subset)
     return torch.where(alive(wrong), keys, -1.0).argmax()
-
-
-def _k_centers(wrong: Terms, first: Tensor, k: int, pool: Shards, *, author_compat: bool) -> Tensor:
-    """At most k rows (k,), each the one least like those before it: argmin over m of the maximum over s of R(c_s, m).
-
-    Neither a row twice nor one that is like nothing, but with author_compat.
-    """
-    factors = [factor for term in wrong for factor in term.factors]
-    count, row_bytes = len(factors[0]), sum(factor.shape[1] * factor.element_size() for factor in factors)
-    free = torch.ones(count, dtype=torch.bool, device=first.device) if author_compat else alive(wrong)
-    k = k if author_compat else max(1, min(k, int(free.count_nonzero())))
-    closest = torch.full((count,), -torch.inf, dtype=factors[0].dtype, device=first.device)
-    chosen, row = first.new_empty(k), first
-    for step in range(k):
-        pool.progress(step, 2 * k)
-        chosen[step] = row
-        centre = taken(wrong, row[None])
-        for span in pool.spans(count, row_bytes):
-            torch.maximum(closest[span], similarity(taken(wrong, span), centre)[:, 0], out=closest[span])
-        if not author_compat:
-            free.index_fill_(0, row[None], False)
-        row = torch.where(free, closest, torch.inf).argmin()
-    return chosen
 
 
 class _Centres:
@@ -596,7 +576,9 @@ class _Guess:
         rows, references = plain
         known, pool, work = self._known, self._pool, self._work
         assert known is not None  # where there are labelled ones
-        theirs = _Centres(references.whole(labeled, work, pool), [], coarse=self._spec.coarse_products)
+        theirs = [references.whole(labeled, work, pool)]
+        if self._spec.coarse_products:
+            theirs = [coarse(theirs[0]), *theirs]
         labels = torch.empty(len(rows), dtype=torch.int64, device=labeled.device)
         for span in pool.spans(len(rows), spans_bytes(rows.widths, len(labeled), work.itemsize)):
 
@@ -610,5 +592,8 @@ class _Guess:
                 ]
                 return torch.cat(scores)
 
-            labels[span] = known[labeled[nearest(theirs.coarsened(rows.terms(span, work)), theirs.terms, exact)]]
+            ours = [rows.terms(span, work)]
+            if self._spec.coarse_products:
+                ours = [coarse(ours[0]), *ours]
+            labels[span] = known[labeled[nearest(ours, theirs, exact)]]
         return labels

@@ -2,39 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from queryselect_service.maths.descriptors import Head, Terms, error_bound, similarity
+from queryselect_service.maths.descriptors import Head, Terms, batches, error_bound, paired, similarity, taken
 from queryselect_service.maths.predictions import Samples
 
 #: Added to the covariances of embedding and gradient, as in the authors' code.
 RIDGE = 1e-8
 
 
-def nearest(rows: Terms, references: Terms, exact: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+#: Of so many references the most similar is found at once; those of groups that are not near are not looked at again.
+GROUP = 256
+#: Entries of pairs of rows that are compared at a time.
+PAIR_ENTRIES = 1 << 20
+
+
+def nearest(rows: Sequence[Terms], references: Sequence[Terms], exact: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The reference row (n,) of the highest similarity to each of `rows`, ties to the lowest.
 
-    exact: gives the similarity (p,) of pairs of a row and a reference in float64, for those that come near.
+    Both are given as often as they are to be compared, ever more precisely: all rows with all references first, then
+    those that come near. exact: gives the similarity (p,) of pairs of a row and a reference in float64, for those that
+    still do.
     """
-    found, last = similarity(rows, references), len(references[0].lengths)  # (n, M)
-    best, at = found.max(1)
-    bar = best.double() - 2 * error_bound(rows, references)
-    bar = bar if found.dtype is torch.float64 else bar.float()
-    second = found.scatter_(1, at[:, None], -torch.inf).amax(1)
-    doubtful = (second >= bar).nonzero().squeeze(1)
-    if not len(doubtful):
-        return at
-    near = found[doubtful] >= bar[doubtful, None]
-    near.scatter_(1, at[doubtful, None], value=True)
-    row, reference = near.nonzero().unbind(1)  # (p,)
-    score = exact(doubtful[row], reference)
-    highest = score.new_full((len(doubtful),), -torch.inf).scatter_reduce_(0, row, score, "amax")
-    candidate = torch.where(score == highest[row], reference, last)
-    at[doubtful] = at.new_full((len(doubtful),), last).scatter_reduce_(0, row, candidate, "amin")
+    found = similarity(rows[0], references[0])  # (n, M)
+    row, reference = _near(found, _slack(rows[0], references[0]))
+    at = torch.empty(len(found), dtype=torch.int64, device=found.device).index_copy_(0, row, reference)
+    row, reference = _shared(row, reference, len(found))
+    for ours, theirs in zip(rows[1:], references[1:], strict=True):
+        width = sum(factor.shape[1] for term in ours for factor in term.factors)
+        parts = [
+            paired(taken(ours, row[part]), taken(theirs, reference[part]))
+            for part in batches(len(row), max(1, PAIR_ENTRIES // width))
+        ]
+        score = torch.cat([found.new_empty(0, dtype=torch.float64), *parts])
+        kept = score >= _highest(row, score, len(found))[row] - _slack(ours, theirs)[row]
+        row, reference = row[kept], reference[kept]
+        at[row] = reference
+        row, reference = _shared(row, reference, len(found))
+    if len(row):
+        score = exact(row, reference)
+        last = len(references[0][0].lengths)
+        candidate = torch.where(score == _highest(row, score, len(found))[row], reference, last)
+        lowest = at.new_full((len(found),), last).scatter_reduce_(0, row, candidate, "amin")
+        at = torch.where(lowest < last, lowest, at)
     return at
+
+
+def _slack(rows: Terms, references: Terms) -> Tensor:
+    """By how much (n,) the similarity of a row to two references may be wrong, both together."""
+    return 2 * error_bound(rows, references)
+
+
+def _near(found: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs (p,) of a row and a column whose entry (n, M) is no further below the row's highest than `slack` (n,)."""
+    count = found.shape[1]
+    size = min(GROUP, count)
+    # The last group begins with columns of the one before, which are not its own.
+    highest = torch.cat([found.unfold(1, size, size).amax(2), found[:, count - size :].amax(1, keepdim=True)], 1)
+    bar = highest.amax(1).double() - slack
+    bar = bar if found.dtype is torch.float64 else bar.float()
+    row, group = (highest >= bar[:, None]).nonzero().unbind(1)
+    start = (group * size).clamp_max_(count - size)
+    pair, within = (found.unfold(1, size, 1)[row, start] >= bar[row, None]).nonzero().unbind(1)
+    column = start[pair] + within
+    own = column >= group[pair] * size
+    return row[pair[own]], column[own]
+
+
+def _highest(row: Tensor, score: Tensor, n: int) -> Tensor:
+    """Of the scores (p,) of pairs the highest of every row (n,)."""
+    return score.new_full((n,), -torch.inf).scatter_reduce_(0, row, score, "amax")
+
+
+def _shared(row: Tensor, reference: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The pairs (p,) whose row is in several."""
+    several = torch.bincount(row, minlength=n)[row] > 1
+    return row[several], reference[several]
 
 
 def trace(samples: Samples, rows: slice, embeddings: Tensor, head: Tensor | None) -> Tensor:
