@@ -209,7 +209,7 @@ class Benchmark:
 
     @property
     def seeded(self) -> bool:
-        """Whether picks are drawn, so that nobody else's are the same."""
+        """Whether picks are drawn, so that nobody else's are the same but those of a peer that draws alike."""
         return self.strategy in strategies.STRATEGIES and strategies.STRATEGIES[self.strategy].seeded
 
     def ways(self, case: Case) -> dict[str, Callable[[Problem], Tensor | Part]]:

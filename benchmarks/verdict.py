@@ -14,7 +14,7 @@ from benchmarks.report import Row
 def judge(benchmark: Benchmark, case: Case, found: list[Way], ceilings: Mapping[str, float]) -> Row:
     """The case as it is kept: sizes, one row for ours and for every peer, and the goals."""
     least = benchmark.least(case, ceilings)
-    rows = [_row(way, found[0], least, comparable=not benchmark.seeded) for way in found]
+    rows = [_row(way, found[0], least, comparable=way.exact or not benchmark.seeded) for way in found]
     return {
         "title": benchmark.title,
         "case": str(case),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Peer, Problem
+from queryselect_service.maths.noise import uniform
 
 #: Columns that are compared at once, and ranks where every misclassified row is a centre.
 COLUMNS, RANKS = 256, 32
@@ -41,7 +42,9 @@ def scheme(problem: Problem) -> Tensor:
     rows, centres = torch.cat([z, g], 1), torch.cat([theirs[wrong], their_g[wrong]], 1)
     ranks = RANKS
     if len(centres) > problem.k:
-        centres, ranks = _k_centers(centres, problem.k), problem.k - 1
+        # It begins where ours does.
+        first = problem.params.get("first_center", int(uniform(problem.seed, wrong).argmax()))
+        centres, ranks = _k_centers(centres, first, problem.k), problem.k - 1
     similar = torch.cat([centres @ rows[at : at + COLUMNS].T for at in range(0, len(rows), COLUMNS)], 1)  # (c, N)
     values, indices = similar.T.contiguous().topk(min(ranks, len(rows)), dim=0)  # (ranks, c), along columns
     picks: dict[int, None] = {}
@@ -72,8 +75,8 @@ def _nearest(rows: Tensor, references: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _k_centers(rows: Tensor, k: int) -> Tensor:
-    chosen = [0]
+def _k_centers(rows: Tensor, first: int, k: int) -> Tensor:
+    chosen = [first]
     while len(chosen) < k:
         chosen.append(int((rows[chosen] @ rows.T).amax(0).argmin()))
     return rows[chosen]
