@@ -74,6 +74,16 @@ CASES = [
     Case("fisher_kernel", 300_000, 160, k=125, references=10_000, params=(("kernel", "PCC"),)),
     Case("fisher_kernel", 30_000, 1536, k=200, references=3_000, params=(("kernel", "PCC"),)),
     Case("fisher_kernel", 200_000, 384, 10, k=100, references=2_000, params=(("kernel", "LAST_LAYER"),)),
+    Case("fisher_kernel", 1_000_000, 32, k=1000, references=1_000, params=(("kernel", "PCC"),)),
+    Case(
+        "fisher_kernel",
+        60_000,
+        384,
+        10,
+        k=1000,
+        references=10_000,
+        params=(("kernel", "LAST_LAYER"), ("coarse_products", True)),
+    ),
 ]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -35,7 +36,7 @@ from queryselect_service.maths.least_like import k_centers
 from queryselect_service.maths.noise import uniform
 from queryselect_service.maths.predictions import Predictions, Samples
 from queryselect_service.maths.pseudo_labels import mutual_information, nearest, trace
-from queryselect_service.maths.rank_fill import BestRows, first_places, rank_major
+from queryselect_service.maths.rank_fill import BestRows, Ranked
 from queryselect_service.shards import SPAN_BYTES, Shards, Whole
 from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, Selection, Sizes, Task, strategy
@@ -43,7 +44,9 @@ from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, 
 #: Ranks that are looked for beyond those that would do if no row came twice, and how many times more next time.
 MORE_RANKS, GROWTH = 3, 4
 #: Entries of float64 rows that pairs are scored again with at a time.
-PAIR_ENTRIES = 1 << 20
+PAIR_ENTRIES = 1 << 19
+#: Entries of the tables of centres' best rows.
+TABLE_ENTRIES = 1 << 19
 
 
 class Kernel(enum.StrEnum):
@@ -264,14 +267,14 @@ class _Side:
 
 
 def _memory(sizes: Sizes, spec: FisherKernel) -> int:
-    """Terms of the reference rows, spans of the pool's rows, and the best rows of every centre."""
+    """Terms of the reference rows, spans of the pool's rows, pairs of rows, and the best rows of every centre."""
     width = sizes.S or sizes.D + sizes.P
     width += min(sizes.C, sizes.D or width)
     item, centres = max(4, sizes.item), min(sizes.k, sizes.M)
-    keep = -(-sizes.k // max(1, centres)) + MORE_RANKS
-    references = sizes.M * (width * (2 * item + (2 if spec.coarse_products else 0)) + 64)
-    spans = min(3 * SPAN_BYTES, sizes.N * spans_bytes(width, max(centres, sizes.M), item))
-    return references + 8 * centres * width + spans + 100 * centres * keep + 48 * sizes.N + 8 * PAIR_ENTRIES * 6
+    references = sizes.M * (width * (2 * item + (2 if spec.coarse_products else 0)) + 64) + 16 * centres * width
+    spans = min(SPAN_BYTES, sizes.N * spans_bytes(width, max(centres, sizes.M), item))
+    tables = min(TABLE_ENTRIES, centres * sizes.N)
+    return references + spans + 96 * tables + 40 * sizes.N + 48 * PAIR_ENTRIES
 
 
 @strategy(
@@ -429,6 +432,11 @@ class _Centres:
     def __len__(self) -> int:
         return len(self.terms[0].lengths)
 
+    def __getitem__(self, some: slice) -> _Centres:
+        found = copy(self)
+        found.exact, found.terms = taken(self.exact, some), taken(self.terms, some)
+        return found
+
     def coarsened(self, terms: Terms) -> Terms:
         """Terms as they are multiplied."""
         return coarse(terms) if self.coarse else terms
@@ -442,24 +450,37 @@ def _fill(
     indices, scores = [], []
     made, inert = 0, None
     while True:
-        best, found = _best_rows(rows, centres, keep, choice, pool, work)
+        listed, found = _listed(rows, centres, keep, choice, pool, work, author_compat=author_compat)
         inert = found if inert is None else inert
-        listed, values = rank_major(best)
-        if author_compat:
-            kept = torch.arange(len(listed), device=listed.device) != choice.k
-            listed, values = listed[kept], values[kept]
-        first = first_places(listed)
-        here = (pool.offset <= listed[first]) & (listed[first] < pool.offset + len(rows))
-        order = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=listed.device)
-        order[listed[first[here]] - pool.offset] = -first[here].double()
+        here = ((pool.offset <= listed.rows) & (listed.rows < pool.offset + len(rows))).nonzero().squeeze(1)
+        order = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=here.device)
+        order[listed.rows[here] - pool.offset] = -here.double()
         chosen, places = choice.walk(order, choice.k - made, among=order > -torch.inf)
         indices.append(chosen)
-        scores.append(values[(-places).long()])
+        scores.append(listed.values[(-places).long()])
         made += len(chosen)
         left = pool.sum(choice.free.count_nonzero())
         if made == choice.k or keep == pool.size or not left:
             return torch.cat(indices), torch.cat(scores), inert
         keep = min(pool.size, GROWTH * keep)
+
+
+def _listed(
+    rows: _Side, centres: _Centres, keep: int, choice: Choice, pool: Shards, work: torch.dtype, *, author_compat: bool
+) -> tuple[Ranked, Tensor]:
+    """The rows among the `keep` best of a centre in the order of the fill, and the rows that are like nothing.
+
+    So many centres at a time that their tables stay small.
+    """
+    listed, inert = None, None
+    for some in batches(len(centres), len(centres) if author_compat else max(1, TABLE_ENTRIES // keep)):
+        best, found = _best_rows(rows, centres[some], keep, choice, pool, work)
+        each = Ranked.of(best)
+        each = (each.without(choice.k) if author_compat else each).distinct()
+        listed, inert = (each, found) if listed is None else (listed.joined(each).distinct(), inert)
+    assert listed is not None  # there is a centre
+    assert inert is not None
+    return listed, inert
 
 
 def _best_rows(
@@ -484,24 +505,24 @@ def _best_rows(
             bar = found.topk(keep, dim=1).values[:, -1].double() - 2 * error
         bar = bar.clamp_min(torch.finfo(torch.float32).min)
         near = found >= (bar if found.dtype is torch.float64 else bar.float())[:, None]
-        for centre, row in _parts(near.nonzero(), max(1, PAIR_ENTRIES // max(1, rows.widths))):
-            distinct, which = torch.unique(row, return_inverse=True)
-            exact = rows.terms(distinct + span.start, torch.float64)
-            value = paired(taken(exact, which), taken(centres.exact, centre))
-            mine.add(centre, row + span.start + pool.offset, value)
+        centre, row = near.nonzero().unbind(1)  # (p,)
+        mine.add(centre, row + span.start + pool.offset, _exactly(rows, centres, centre, row + span.start, pool))
     every = BestRows(count, keep, device)
     for values, numbers in pool.blocks(mine.values.T.contiguous(), mine.rows.T.contiguous()):
-        rank, centre = (numbers >= 0).nonzero().unbind(1)
+        centre, rank = (numbers >= 0).T.nonzero().unbind(1)
         every.add(centre, numbers[rank, centre], values[rank, centre])
     dead = pool.offset + (~some).nonzero().squeeze(1)
     return every, torch.cat([dead[:0], *(block for (block,) in pool.blocks(dead))])
 
 
-def _parts(pairs: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs (p, 2), so many at a time."""
-    for part in batches(len(pairs), size):
-        centre, row = pairs[part].unbind(1)
-        yield centre, row
+def _exactly(rows: _Side, centres: _Centres, centre: Tensor, row: Tensor, pool: Shards) -> Tensor:
+    """The similarity (p,) of pairs of a centre and a row in float64."""
+    parts = [torch.empty(0, dtype=torch.float64, device=row.device)]
+    for part in pool.spans(len(row), SPAN_BYTES // max(1, PAIR_ENTRIES // rows.widths)):
+        distinct, which = torch.unique(row[part], return_inverse=True)
+        exact = rows.terms(distinct, torch.float64)
+        parts.append(paired(taken(exact, which), taken(centres.exact, centre[part])))
+    return torch.cat(parts)
 
 
 class _Guess:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -22,37 +24,56 @@ class BestRows:
         return self.values[:, -1]
 
     def add(self, centres: Tensor, rows: Tensor, values: Tensor) -> None:
-        """Takes pairs (p,) of a centre and a row, none told of before, and their values."""
+        """Takes pairs (p,) of a centre and a row, and their values: by centre, then by row, all of later rows."""
         count, keep = self.values.shape
-        old = (self.rows >= 0).nonzero()
-        centres = torch.cat([old[:, 0], centres])
-        rows, values = torch.cat([self.rows[old[:, 0], old[:, 1]], rows]), torch.cat([self.values[*old.T], values])
+        told = torch.bincount(centres, minlength=count)
+        place = torch.arange(len(centres), device=centres.device) - (told.cumsum(0) - told)[centres]
+        new = BestRows(count, int(told.max()), centres.device)
+        new.values[centres, place], new.rows[centres, place] = values, rows
+        # Stable: of equal values those that stood here, of earlier rows, stay before the new ones.
+        best = torch.cat([self.values, new.values], 1).sort(dim=1, descending=True, stable=True)
+        self.values = best.values[:, :keep].contiguous()
+        self.rows = torch.cat([self.rows, new.rows], 1).gather(1, best.indices[:, :keep])
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The list: rows (l,) with their ranks and values, rank by rank, each in descending order of values, then of rows.
+
+    A row may stand there several times, once for every centre.
+    """
+
+    ranks: Tensor
+    rows: Tensor
+    values: Tensor
+
+    @classmethod
+    def sorted(cls, ranks: Tensor, rows: Tensor, values: Tensor) -> Ranked:
+        """That of such entries (l,) in any order."""
         order = rows.argsort(stable=True)
         order = order[values[order].argsort(stable=True, descending=True)]
-        order = order[centres[order].argsort(stable=True)]
-        centres, rows, values = centres[order], rows[order], values[order]
-        first = torch.searchsorted(centres, torch.arange(count, device=centres.device))
-        rank = torch.arange(len(centres), device=centres.device) - first[centres]
-        best = rank < keep
-        self.values[centres[best], rank[best]] = values[best]
-        self.rows[centres[best], rank[best]] = rows[best]
+        order = order[ranks[order].argsort(stable=True)]
+        return cls(ranks[order], rows[order], values[order])
 
+    @classmethod
+    def of(cls, best: BestRows) -> Ranked:
+        """That of all centres."""
+        rank, centre = (best.rows >= 0).T.nonzero().unbind(1)
+        return cls.sorted(rank, best.rows[centre, rank], best.values[centre, rank])
 
-def rank_major(best: BestRows) -> tuple[Tensor, Tensor]:
-    """The list: rows (l,) and their values (l,), all of rank 1 first, each rank in descending order of values.
+    def joined(self, other: Ranked) -> Ranked:
+        """That of the centres of both."""
+        pairs = zip((self.ranks, self.rows, self.values), (other.ranks, other.rows, other.values), strict=True)
+        return Ranked.sorted(*(torch.cat(pair) for pair in pairs))
 
-    A row may stand there several times, once for every centre. Equal values stand in order of rows.
-    """
-    rows, values = best.rows.T, best.values.T  # (keep, c)
-    order = rows.argsort(dim=1, stable=True)
-    rows, values = rows.gather(1, order), values.gather(1, order)
-    order = values.argsort(dim=1, stable=True, descending=True)
-    rows, values = rows.gather(1, order).flatten(), values.gather(1, order).flatten()
-    return rows[rows >= 0], values[rows >= 0]
+    def without(self, place: int) -> Ranked:
+        """Itself less one place."""
+        kept = torch.arange(len(self.rows), device=self.rows.device) != place
+        return Ranked(self.ranks[kept], self.rows[kept], self.values[kept])
 
-
-def first_places(rows: Tensor) -> Tensor:
-    """Where in a list of rows (l,) every distinct one stands first, ascending."""
-    distinct, which = torch.unique(rows, return_inverse=True)
-    places = torch.arange(len(rows), device=rows.device)
-    return places.new_full((len(distinct),), len(rows)).scatter_reduce_(0, which, places, "amin").sort().values
+    def distinct(self) -> Ranked:
+        """Every row where it stands first alone."""
+        found, which = torch.unique(self.rows, return_inverse=True)
+        places = torch.arange(len(self.rows), device=self.rows.device)
+        first = places.new_full((len(found),), len(places)).scatter_reduce_(0, which, places, "amin").sort().values
+        return Ranked(self.ranks[first], self.rows[first], self.values[first])
