@@ -77,11 +77,11 @@ CASES = [
     Case("fisher_kernel", 1_000_000, 32, k=1000, references=1_000, params=(("kernel", "PCC"),)),
     Case(
         "fisher_kernel",
-        60_000,
+        100_000,
         384,
         10,
-        k=1000,
-        references=10_000,
+        k=100,
+        references=20_000,
         params=(("kernel", "LAST_LAYER"), ("coarse_products", True)),
     ),
 ]
