@@ -35,7 +35,7 @@ from queryselect_service.maths.distances import power_of_two
 from queryselect_service.maths.least_like import k_centers
 from queryselect_service.maths.noise import uniform
 from queryselect_service.maths.predictions import Predictions, Samples
-from queryselect_service.maths.pseudo_labels import mutual_information, nearest, trace
+from queryselect_service.maths.pseudo_labels import likest, mutual_information, nearest, trace
 from queryselect_service.maths.rank_fill import BestRows, Ranked
 from queryselect_service.shards import SPAN_BYTES, Shards, Whole
 from queryselect_service.spec import Spec, parameter
@@ -45,6 +45,8 @@ from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, 
 MORE_RANKS, GROWTH = 3, 4
 #: Entries of float64 rows that pairs are scored again with at a time.
 PAIR_ENTRIES = 1 << 19
+#: Pairs of a row and a reference that wait to be scored again in float64.
+UNDECIDED_PAIRS = 1 << 15
 #: Entries of the tables of centres' best rows.
 TABLE_ENTRIES = 1 << 19
 
@@ -600,21 +602,31 @@ class _Guess:
         theirs = [references.whole(labeled, work, pool)]
         if self._spec.coarse_products:
             theirs = [coarse(theirs[0]), *theirs]
-        labels = torch.empty(len(rows), dtype=torch.int64, device=labeled.device)
+        best = torch.empty(len(rows), dtype=torch.int64, device=labeled.device)
+        undecided: list[Tensor] = []  # pairs (2, p)
+
+        def decide() -> None:
+            row, reference = torch.cat(undecided, 1)
+            at, likest_of_them = likest(row, reference, self._exactly(rows, references, row, labeled[reference]))
+            best[at] = likest_of_them
+            undecided.clear()
+
         for span in pool.spans(len(rows), spans_bytes(rows.widths, len(labeled), work.itemsize)):
-
-            def exact(row: Tensor, reference: Tensor, start: int = span.start) -> Tensor:
-                scores = [
-                    paired(
-                        rows.terms(row[part] + start, torch.float64),
-                        references.terms(labeled[reference[part]], torch.float64),
-                    )
-                    for part in batches(len(row), max(1, PAIR_ENTRIES // rows.widths))
-                ]
-                return torch.cat(scores)
-
             ours = [rows.terms(span, work)]
             if self._spec.coarse_products:
                 ours = [coarse(ours[0]), *ours]
-            labels[span] = known[labeled[nearest(ours, theirs, exact)]]
-        return labels
+            best[span], row, reference = nearest(ours, theirs)
+            undecided.append(torch.stack([row + span.start, reference]))
+            if sum(pairs.shape[1] for pairs in undecided) > UNDECIDED_PAIRS:
+                decide()
+        if undecided:
+            decide()
+        return known[labeled[best]]
+
+    def _exactly(self, rows: _Side, references: _Side, row: Tensor, reference: Tensor) -> Tensor:
+        """The similarity (p,) of pairs of a row and a reference in float64."""
+        found = [torch.empty(0, dtype=torch.float64, device=row.device)]
+        for part in self._pool.spans(len(row), SPAN_BYTES // max(1, PAIR_ENTRIES // rows.widths)):
+            ours, theirs = rows.terms(row[part], torch.float64), references.terms(reference[part], torch.float64)
+            found.append(paired(ours, theirs))
+        return torch.cat(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,17 +20,17 @@ GROUP = 256
 PAIR_ENTRIES = 1 << 20
 
 
-def nearest(rows: Sequence[Terms], references: Sequence[Terms], exact: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The reference row (n,) of the highest similarity to each of `rows`, ties to the lowest.
+def nearest(rows: Sequence[Terms], references: Sequence[Terms]) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference row (n,) of the highest similarity to each of `rows`, and pairs (p,) of a row and a reference.
 
     Both are given as often as they are to be compared, ever more precisely: all rows with all references first, then
-    those that come near. exact: gives the similarity (p,) of pairs of a row and a reference in float64, for those that
-    still do.
+    those that come near. A row of the pairs is most similar to one of theirs, which `likest` tells.
     """
     found = similarity(rows[0], references[0])  # (n, M)
+    n = len(found)
     row, reference = _near(found, _slack(rows[0], references[0]))
-    at = torch.empty(len(found), dtype=torch.int64, device=found.device).index_copy_(0, row, reference)
-    row, reference = _shared(row, reference, len(found))
+    at = torch.empty(n, dtype=torch.int64, device=found.device).index_copy_(0, row, reference)
+    row, reference = _shared(row, reference, n)
     for ours, theirs in zip(rows[1:], references[1:], strict=True):
         width = sum(factor.shape[1] for term in ours for factor in term.factors)
         parts = [
@@ -38,17 +38,20 @@ def nearest(rows: Sequence[Terms], references: Sequence[Terms], exact: Callable[
             for part in batches(len(row), max(1, PAIR_ENTRIES // width))
         ]
         score = torch.cat([found.new_empty(0, dtype=torch.float64), *parts])
-        kept = score >= _highest(row, score, len(found))[row] - _slack(ours, theirs)[row]
+        kept = score >= _highest(row, score, n)[row] - _slack(ours, theirs)[row]
         row, reference = row[kept], reference[kept]
-        at[row] = reference
-        row, reference = _shared(row, reference, len(found))
-    if len(row):
-        score = exact(row, reference)
-        last = len(references[0][0].lengths)
-        candidate = torch.where(score == _highest(row, score, len(found))[row], reference, last)
-        lowest = at.new_full((len(found),), last).scatter_reduce_(0, row, candidate, "amin")
-        at = torch.where(lowest < last, lowest, at)
-    return at
+        at.index_copy_(0, row, reference)
+        row, reference = _shared(row, reference, n)
+    return at, row, reference
+
+
+def likest(row: Tensor, reference: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (r,) of pairs (p,) and for each the reference of the highest score, ties to the lowest."""
+    distinct, which = torch.unique(row, return_inverse=True)
+    best = score == _highest(which, score, len(distinct))[which]
+    last = torch.iinfo(reference.dtype).max
+    lowest = reference.new_full((len(distinct),), last)
+    return distinct, lowest.scatter_reduce_(0, which[best], reference[best], "amin")
 
 
 def _slack(rows: Terms, references: Terms) -> Tensor:
