@@ -15,7 +15,7 @@ RIDGE = 1e-8
 
 
 #: Of so many references the most similar is found at once; those of groups that are not near are not looked at again.
-GROUP = 256
+GROUP = 512
 #: Entries of pairs of rows that are compared at a time.
 PAIR_ENTRIES = 1 << 20
 
