@@ -16,28 +16,44 @@ import torch
 
 from queryselect_service import strategy as strategies
 from queryselect_service.shards import Whole
+from queryselect_service.spec import build
 
 strategies.load()
 pytestmark = pytest.mark.gpu
 DEVICE = os.environ.get("QUERYSELECT_TEST_DEVICE", "cuda")
-N, D, C = 20_000, 96, 12
+N, M, D, C = 20_000, 2000, 96, 12
+KERNELS = [
+    {"kernel": kernel, "coarse_products": coarse} for kernel in ("PCC", "SUM", "LAST_LAYER") for coarse in (False, True)
+]
 
 
-def make(name: str) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    if name == "probabilities":
-        return torch.rand(N, C, generator=generator, dtype=torch.float64).softmax(1).float()
-    return torch.randn(N, D, generator=generator)
+def make(name: str, rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    if name.endswith("labels"):
+        return torch.randint(C, (rows,), generator=generator)
+    if name.endswith("probabilities"):
+        return torch.rand(rows, C, generator=generator, dtype=torch.float64).softmax(1).float()
+    return torch.randn(rows, D, generator=generator)
 
 
-@pytest.mark.parametrize("cold", [True, False])
-@pytest.mark.parametrize("name", sorted(strategies.STRATEGIES))
-def test_the_picks_are_those_of_the_cpu(name, cold):
+def make_inputs(strategy: strategies.Strategy) -> dict[str, torch.Tensor]:
+    """Those that have to be there; beside reference rows, classes too, and scales with gradients."""
+    refers, found = any(each.role for each in strategy.inputs), {}
+    for each in strategy.inputs:
+        rows = M if each.role else N
+        if each.name.endswith("scales"):
+            for part in ("embeddings", "gradients"):
+                found[f"{each.name}[0].{part}"] = make(part, rows + len(part))[:rows]
+        elif each.required or (refers and each.name.removeprefix("validation_") in {"probabilities", "labels"}):
+            found[each.name] = make(each.name, rows)
+    return found
+
+
+def check(name: str, context: int, params: dict) -> None:
+    """Picks on the device and on the CPU."""
     strategy = strategies.STRATEGIES[name]
-    inputs = {each.name: make(each.name) for each in strategy.inputs if each.required}
-    context = torch.arange(0 if cold else 50)
-    candidates = torch.ones(N, dtype=torch.bool)
-    candidates[context] = False
+    inputs, candidates = make_inputs(strategy), torch.ones(N, dtype=torch.bool)
+    candidates[:context] = False
     found = {}
     for device in ("cpu", DEVICE):
         with torch.inference_mode():
@@ -47,8 +63,20 @@ def test_the_picks_are_those_of_the_cpu(name, cold):
                 k=100,
                 pool=Whole(N),
                 candidates=candidates.to(device),
-                context=context.to(device),
+                context=torch.arange(context).to(device),
+                spec=build(strategy.spec, params),
                 seed=3,
             )
     assert found[DEVICE].indices.tolist() == found["cpu"].indices.tolist()
     torch.testing.assert_close(found[DEVICE].scores.cpu(), found["cpu"].scores, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("context", [0, 50])
+@pytest.mark.parametrize("name", sorted(strategies.STRATEGIES))
+def test_the_picks_are_those_of_the_cpu(name, context):
+    check(name, context, {})
+
+
+@pytest.mark.parametrize("params", KERNELS, ids=str)
+def test_every_kernel_of_fisher_kernel_picks_the_same(params):
+    check("fisher_kernel", 0, params)
