@@ -372,11 +372,29 @@ def test_rows_without_variance_are_like_nothing(local, rng):
     reference = {**theirs, "misclassified": np.ones(20, bool)}
     got = local.select("fisher_kernel", 12, **pool, reference=reference, params={"kernel": "PCC"})
     assert len(set(got.indices)) == 12
-    (warning,) = got.warnings
+    theirs_too, warning = got.warnings
+    assert theirs_too.message == "10 of 20 reference rows that count are without variance: nothing is like them"
     assert (warning.code, warning.rows.tolist()) == ("INERT_ROWS", [4, 9])
     alive = {name: np.delete(x, range(2, 12), 0) for name, x in reference.items()}
     fewer = local.select("fisher_kernel", 12, **pool, reference=alive, params={"kernel": "PCC"})
     assert fewer.indices.tolist() == got.indices.tolist()
+    assert len(fewer.warnings) == 1
+
+
+def test_references_without_variance_rank_nothing(local, rng):
+    """Also where there are no more of them than picks; the first rows are picked where there is nothing else."""
+    pool, theirs = some(40, rng), some(20, rng)
+    reference = {**theirs, "misclassified": np.arange(20) < 6}
+    theirs["embeddings"][1:6] = 3.0
+    got = local.select("fisher_kernel", 12, **pool, reference=reference, params={"kernel": "PCC"})
+    r = (standardized(theirs["embeddings"][:1]) @ standardized(pool["embeddings"]).T)[0]
+    assert got.indices.tolist() == (-r).argsort()[:12].tolist()
+    assert "5 of 6" in warned(got)["INERT_ROWS"]
+    theirs["embeddings"][0] = -1.0
+    nothing = local.select("fisher_kernel", 4, **pool, reference=reference, params={"kernel": "PCC"})
+    assert nothing.indices.tolist() == [0, 1, 2, 3]
+    assert not nothing.scores.any()
+    assert "6 of 6" in warned(nothing)["INERT_ROWS"]
 
 
 def test_one_reference_row_ranks_the_pool(local, rng):

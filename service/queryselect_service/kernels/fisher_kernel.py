@@ -359,10 +359,16 @@ def fisher_kernel(  # noqa: PLR0917  # its inputs, all passed by name
         notices += guess.notices
 
     wrong = references.whole(subset, work, pool)
+    if not spec.author_compat:  # the authors' code takes a row that is like nothing, again and again
+        some = alive(wrong).nonzero().squeeze(1)
+        if len(some) < len(subset):
+            words = f"{len(subset) - len(some)} of {len(subset)} reference rows that count are without variance"
+            notices.append(Notice(NoticeCode.INERT_ROWS, f"{words}: nothing is like them"))
+        if 0 < len(some) < len(subset):
+            subset, wrong = subset[some], taken(wrong, some)
     if len(subset) > choice.k:
-        # The authors' code takes a row that is like nothing again and again.
-        free = torch.ones(len(subset), dtype=torch.bool, device=subset.device) if spec.author_compat else alive(wrong)
-        at = k_centers(wrong, _first(subset, wrong, spec, seed), choice.k, free, pool, repeat=spec.author_compat)
+        first = _first(subset, spec, seed)
+        at = k_centers(wrong, first, choice.k, pool, repeat=spec.author_compat)
         subset, wrong = subset[at], taken(wrong, at)
     centres = _Centres(wrong, references.whole(subset, torch.float64, pool), coarse=spec.coarse_products)
     indices, scores, inert = _fill(rows, centres, choice, pool, work, author_compat=spec.author_compat)
@@ -410,7 +416,7 @@ def _subset(
     return least, [Notice(NoticeCode.NO_MISCLASSIFIED, f"{words}: the {len(least)} least confident serve")]
 
 
-def _first(subset: Tensor, wrong: Terms, spec: FisherKernel, seed: int) -> Tensor:
+def _first(subset: Tensor, spec: FisherKernel, seed: int) -> Tensor:
     """The position () among the reference rows that count of the one that k-centres begin with."""
     if spec.first_center is not None:
         at = (subset == spec.first_center).nonzero()
@@ -420,8 +426,7 @@ def _first(subset: Tensor, wrong: Terms, spec: FisherKernel, seed: int) -> Tenso
             )
             raise InvalidInput(words, field="first_center")
         return at[0, 0]
-    keys = uniform(seed, subset)
-    return torch.where(alive(wrong), keys, -1.0).argmax()
+    return uniform(seed, subset).argmax()
 
 
 class _Centres:

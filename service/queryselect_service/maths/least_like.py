@@ -62,14 +62,12 @@ class Nearness:
         self._compared[rows] = stop
 
 
-def k_centers(rows: Terms, first: Tensor, k: int, free: Tensor, pool: Shards, *, repeat: bool = False) -> Tensor:
-    """At most k rows (k,) that are free, each the one least like those before it; the first is given.
+def k_centers(rows: Terms, first: Tensor, k: int, pool: Shards, *, repeat: bool = False) -> Tensor:
+    """The numbers (k,) of k of more rows, each the one least like those before it; the first is given.
 
-    free: (n,) which rows may be centres. repeat: whether a row may be one again. pool: told of the progress.
+    repeat: whether a row may come again. pool: told of the progress.
     """
-    k = k if repeat else max(1, min(k, int(free.count_nonzero())))
     near = Nearness(rows, k, pool)
-    near.values[~free] = torch.inf
     chosen, row = first.new_empty(k), first
     for step in range(k):
         pool.progress(step, 2 * k)
