@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from queryselect import Client, InvalidInput
+from queryselect_service import strategy as strategies
 from queryselect_service.maths.noise import uniform
+from queryselect_service.shards import Slices
+from queryselect_service.spec import build
 from tests.strategy_case import ROWS, StrategyCase
 
 C, M = 4, 24
@@ -303,6 +306,39 @@ def test_samples_of_every_kind_give_the_same_labels(local, remote, rng, kind):
         given = {**pool, "samples": logs, "head_weights": w}
         for client in (local, remote):
             assert labels_of(client, given, reference, how, samples_kind=kind).tolist() == plain.tolist()
+
+
+def labels_of_a_slice(group, inputs, how):
+    """What one process guesses of its rows."""
+    strategy = strategies.STRATEGIES["fisher_kernel"]
+    n = len(inputs["scales[0].embeddings"])
+    found = strategies.select(
+        strategy,
+        inputs,
+        k=3,
+        pool=Slices(n, group),
+        candidates=torch.ones(n, dtype=torch.bool),
+        context=torch.empty(0, dtype=torch.int64),
+        spec=build(strategy.spec, {"kernel": "PCC", "pseudo_label": how}),
+    )
+    return found.pseudo_labels().tolist()
+
+
+@pytest.mark.parametrize("how", ["NEAREST", "PREDICTED", "PROVIDED"])
+def test_slices_guess_what_the_whole_pool_guesses(local, slices, rng, how):
+    """Each its own rows, in the middle one of three slices none."""
+    pool, reference = some(40, rng), {**some(20, rng), "labels": rng.integers(0, C, 20)}
+    own = {"pseudo_labels": rng.integers(0, C, 40)} if how == "PROVIDED" else {}
+    whole = labels_of(local, {**pool, **own}, reference, how)
+    given = {f"validation_{name}": x for name, x in reference.items() if name != "embeddings"}
+    given["validation_scales[0].embeddings"] = reference["embeddings"]
+    rows = {"scales[0].embeddings": pool["embeddings"], "probabilities": pool["probabilities"], **own}
+    parts = [
+        ({name: torch.from_numpy(x[start:stop]) for name, x in rows.items()}
+         | {name: torch.from_numpy(x) for name, x in given.items()}, how)
+        for start, stop in ((0, 15), (15, 15), (15, 40))
+    ]  # fmt: skip
+    assert np.concatenate(slices.run(labels_of_a_slice, *parts)).tolist() == whole.tolist()
 
 
 # References that say little
