@@ -185,6 +185,10 @@ class Client:
         `reference` is a set of rows beside the pool that the strategy compares with: {"role": "LABELED", "embeddings":
         (M, D), "probabilities" or "logits": (M, C), "weights": (M,), 1 by default, …}. Roles are VALIDATION, TARGET,
         AVOID and LABELED; without one it is the role that the strategy reads, if that is one. `references` are several.
+        `scales`, here and there, are the layers of a network: [{"embeddings": (N, L), "gradients": (N, L)}, …].
+
+        `returns` asks for more than picks: "POOL_SCORES", the score of every row, or "PSEUDO_LABELS", the labels that
+        the strategy assumes of them, for strategies that have these.
 
         >>> import numpy as np
         >>> with Client("local:") as client:
