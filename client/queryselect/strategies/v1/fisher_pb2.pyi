@@ -132,9 +132,13 @@ class _PseudoLabelEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     PSEUDO_LABEL_PROVIDED: _PseudoLabel.ValueType  # 3
     """The caller's own: pool.pseudo_labels."""
     PSEUDO_LABEL_MC_TRACE: _PseudoLabel.ValueType  # 4
-    """The class of the largest trace of the covariance of embedding and gradient over samples."""
+    """The class of the largest trace of the covariance of embedding and gradient over samples. At the last layer, with one
+    embedding for all samples, that is the least likely class: no information about the label.
+    """
     PSEUDO_LABEL_MC_MUTUAL_INFORMATION: _PseudoLabel.ValueType  # 5
-    """The class of the largest mutual information of embedding and gradient over samples."""
+    """The class of the largest mutual information of embedding and gradient over samples. At the last layer it carries no
+    information about the label either.
+    """
 
 class PseudoLabel(_PseudoLabel, metaclass=_PseudoLabelEnumTypeWrapper):
     """The label behind a pool row's gradient."""
@@ -148,9 +152,13 @@ PSEUDO_LABEL_PREDICTED: PseudoLabel.ValueType  # 2
 PSEUDO_LABEL_PROVIDED: PseudoLabel.ValueType  # 3
 """The caller's own: pool.pseudo_labels."""
 PSEUDO_LABEL_MC_TRACE: PseudoLabel.ValueType  # 4
-"""The class of the largest trace of the covariance of embedding and gradient over samples."""
+"""The class of the largest trace of the covariance of embedding and gradient over samples. At the last layer, with one
+embedding for all samples, that is the least likely class: no information about the label.
+"""
 PSEUDO_LABEL_MC_MUTUAL_INFORMATION: PseudoLabel.ValueType  # 5
-"""The class of the largest mutual information of embedding and gradient over samples."""
+"""The class of the largest mutual information of embedding and gradient over samples. At the last layer it carries no
+information about the label either.
+"""
 global___PseudoLabel = PseudoLabel
 
 class _ReferenceLabel:
@@ -377,7 +385,9 @@ global___ExpectedGradientLength = ExpectedGradientLength
 
 @typing.final
 class FisherKernel(google.protobuf.message.Message):
-    """The Fisher kernel: rows most like those of a held-out set that the model gets wrong."""
+    """The Fisher kernel: rows most like those of a held-out set that the model gets wrong. That set is a reference set of
+    role VALIDATION, labelled or only known to be misclassified; the method never trains on it.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
