@@ -8,6 +8,8 @@ code passes over by mistake is not passed over here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def scheme(problem: Problem) -> Tensor:
     return torch.tensor(list(picks)[: problem.k])
 
 
-def _scales(given: dict[str, Tensor], prefix: str, part: str) -> Tensor:
+def _scales(given: Mapping[str, Tensor], prefix: str, part: str) -> Tensor:
     names = sorted(name for name in given if name.startswith(f"{prefix}scales") and name.endswith(part))
     return torch.cat([standardized(given[name]) for name in names], 1)
 

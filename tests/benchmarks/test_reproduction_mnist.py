@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -167,6 +168,8 @@ def test_a_run_keeps_what_it_found_and_goes_on_from_there(folder, tiny, tmp_path
     assert "Trained on the validation set alone" in said
     path = tmp_path / f"reproduction-fisher-kernel-mnist-quick-{machine.name()}.json"
     kept = json.loads(path.read_text())
+    drawn = ET.parse(path.with_suffix(".svg"))
+    assert [text.text for text in drawn.iterfind(".//{*}text") if text.text == "random"]
     assert kept["sizes"]["budget"] == 5
     by_name = {row["name"]: row for row in kept["rows"]}
     assert len(by_name["random"]["accuracy"]) == len(by_name["random"]["rare"]) == 2

@@ -120,4 +120,13 @@ def test_a_sample_keeps_rows_and_labels_together(folder):
     few = whole.of_classes(np.array([2, 5]))
     assert set(few.labels) == set(few.test_labels) == {2, 5}
     assert few.classes == 2
+    assert some.projected(DIMS) is some
+    flat = whole.projected(2)
+    assert flat.features.shape == (ROWS, 2)
+    # The directions of largest variance, largest first; held-out rows are moved and turned alike.
+    variances = np.linalg.eigvalsh(np.cov(whole.features.T))[::-1]
+    np.testing.assert_allclose(np.cov(flat.features.T), np.diag(variances[:2]), atol=1e-3 * variances[0])
+    mean = whole.features.mean(axis=0)
+    axes = np.linalg.lstsq(whole.features - mean, flat.features, rcond=None)[0]
+    np.testing.assert_allclose((whole.test_features - mean) @ axes, flat.test_features, atol=1e-2)
     assert array(folder, "mnist", "idx_imbalance10").dtype == np.int32
