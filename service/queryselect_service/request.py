@@ -442,20 +442,21 @@ class Problem:
             scores = found.pool_scores().cpu()
             scores = self._spread(scores, -torch.inf)
         labels: Tensor | None = None
+        said = found.notices
         if request.want_pseudo_labels:
             if found.pseudo_labels is None:
                 raise RuntimeError(f"{request.strategy.name} says that it guesses labels, and returned none")
-            labels = self._spread(found.pseudo_labels().cpu(), -1)
+            guessed, of_labels = found.pseudo_labels()
+            labels, said = self._spread(guessed.cpu(), -1), (*said, *of_labels)
         notices = (
-            Notice(each.code, each.message, None if each.rows is None else self._original(each.rows))
-            for each in found.notices
+            Notice(each.code, each.message, None if each.rows is None else self._original(each.rows)) for each in said
         )
         return dataclasses.replace(
             found,
             indices=self._original(found.indices),
             scores=found.scores.cpu(),
             pool_scores=None if scores is None else lambda: scores,
-            pseudo_labels=None if labels is None else lambda: labels,
+            pseudo_labels=None if labels is None else lambda: (labels, ()),
             notices=(*request.notices, *notices),
         )
 

@@ -66,6 +66,7 @@ class Selection:
     scores: Tensor  # (k,) float64
     pool_scores: Callable[[], Tensor] | None = None  # () -> (n,) float64; called only when someone asks
     notices: tuple[Notice, ...] = ()
-    pseudo_labels: Callable[[], Tensor] | None = None  # () -> (n,) int64, of all rows here; likewise
+    # () -> (n,) int64, of all rows here, and what is to be said of them alone; likewise
+    pseudo_labels: Callable[[], tuple[Tensor, tuple[Notice, ...]]] | None = None
     stop_reason: StopReason = StopReason.MAX_ITEMS
     cost_spent: float | None = None  # what the picks cost together; None where the request gave no costs

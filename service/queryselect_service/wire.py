@@ -427,7 +427,7 @@ def encode(selection: Selection | None, request: Request, large: Large | None = 
     if selection.pool_scores is not None:
         tensors["pool_scores"] = selection.pool_scores()
     if selection.pseudo_labels is not None:
-        tensors["pseudo_labels"] = selection.pseudo_labels()
+        tensors["pseudo_labels"], _ = selection.pseudo_labels()
     message.stop_reason = selection_pb2.StopReason.Value(f"STOP_REASON_{selection.stop_reason}")
     if selection.cost_spent is not None:
         message.cost_spent = selection.cost_spent

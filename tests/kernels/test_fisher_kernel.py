@@ -321,7 +321,7 @@ def labels_of_a_slice(group, inputs, how):
         context=torch.empty(0, dtype=torch.int64),
         spec=build(strategy.spec, {"kernel": "PCC", "pseudo_label": how}),
     )
-    return found.pseudo_labels().tolist()
+    return found.pseudo_labels()[0].tolist()
 
 
 @pytest.mark.parametrize("how", ["NEAREST", "PREDICTED", "PROVIDED"])
@@ -374,6 +374,12 @@ def test_without_labels_predictions_stand_in_for_them(local, rng):
     )  # fmt: skip
     assert weak.indices.tolist() == plain.indices.tolist()
     assert not plain.warnings
+    asked = local.select(
+        "fisher_kernel", 6, **pool, reference={**theirs, "misclassified": mask}, params={"kernel": "PCC"},
+        returns="PSEUDO_LABELS",
+    )  # fmt: skip
+    assert warned(asked) == {"FALLBACK": "references have no labels: those of the pool are the likeliest classes"}
+    assert asked.pseudo_labels.tolist() == pool["probabilities"].argmax(1).tolist()
     nothing = local.select("fisher_kernel", 6, **pool, reference=theirs, params={"kernel": "PCC"})
     assert set(warned(nothing)) == {"NO_MISCLASSIFIED"}
     bare = {"embeddings": theirs["embeddings"]}

@@ -356,7 +356,7 @@ def fisher_kernel(  # noqa: PLR0917  # its inputs, all passed by name
     if rows.derives:
         rows = replace(rows, labels=guess())
         references = replace(references, labels=guess.of_references())
-        notices += guess.notices
+        notices += guess.told()
 
     wrong = references.whole(subset, work, pool)
     if not spec.author_compat:  # the authors' code takes a row that is like nothing, again and again
@@ -377,7 +377,7 @@ def fisher_kernel(  # noqa: PLR0917  # its inputs, all passed by name
         notices.append(Notice(NoticeCode.INERT_ROWS, words, inert))
     most = torch.finfo(torch.float64).max
     scores = (scores / rows.factor / references.factor).clamp(-most, most)
-    return Selection(indices, scores, notices=tuple(notices), pseudo_labels=guess)
+    return Selection(indices, scores, notices=tuple(notices), pseudo_labels=lambda: (guess(), guess.told()))
 
 
 def _check_classes(labels: Tensor | None, probabilities: Predictions | None, where: str, least: int) -> None:
@@ -550,13 +550,19 @@ class _Guess:
         self._spec, self._rows, self._references, self._known = spec, rows, references, known
         self._samples, self._head, self._provided, self._work, self._pool = samples, head, provided, work, pool
         self._made: Tensor | None = None
-        self.notices: list[Notice] = []
+        self._notices: list[Notice] = []
         self._labeled = None if known is None else (known >= 0).nonzero().squeeze(1)
 
     def __call__(self) -> Tensor:
         if self._made is None:
             self._made = self._make()
         return self._made
+
+    def told(self) -> tuple[Notice, ...]:
+        """What is to be said of labels and was not told yet."""
+        notices = tuple(self._notices)
+        self._notices.clear()
+        return notices
 
     def of_references(self) -> Tensor:
         """The labels (M,) of the reference rows."""
@@ -568,10 +574,10 @@ class _Guess:
         if by_prediction or self._known is None:
             if not by_prediction:
                 words = "references have no labels: their gradients are those of the likeliest classes"
-                self.notices.append(Notice(NoticeCode.FALLBACK, words))
+                self._notices.append(Notice(NoticeCode.FALLBACK, words))
             return predicted
         words = f"{missing} of {len(predicted)} reference rows have no label: theirs is the likeliest class"
-        self.notices.append(Notice(NoticeCode.FALLBACK, words))
+        self._notices.append(Notice(NoticeCode.FALLBACK, words))
         return torch.where(self._known >= 0, self._known, predicted)
 
     def _make(self) -> Tensor:
@@ -584,7 +590,7 @@ class _Guess:
         if how in (PseudoLabel.NEAREST, PseudoLabel.PREDICTED):
             if how is PseudoLabel.NEAREST:
                 words = "references have no labels: those of the pool are the likeliest classes"
-                self.notices.append(Notice(NoticeCode.FALLBACK, words))
+                self._notices.append(Notice(NoticeCode.FALLBACK, words))
             return rows.predicted(pool)[0]
         assert self._samples is not None  # checked with the inputs
         _, count, classes = self._samples.shape

@@ -35,7 +35,7 @@ class Nearness:
         at = self._made if self._lazy else 0
         for ours, theirs in zip(self._centres, self._rows, strict=True):
             for f, g in zip(ours.factors, theirs.factors, strict=True):
-                f[at] = g[row]
+                f[at : at + 1] = g.index_select(0, row[None])
         if self._made == 0 or not self._lazy:
             for span in self._pool.spans(len(self.values), self._row_bytes):
                 self._update(span, at, at + 1)
