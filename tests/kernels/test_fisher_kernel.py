@@ -508,6 +508,20 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("labels", "field"), [({}, "references[0].labels"), ({"labels": [-1] * 20}, "references.labels")]
+)
+def test_labels_of_nothing_are_refused(local, remote, rng, labels, field):
+    """Neither labels of references nor predictions, and somebody asks what labels the pool has."""
+    pool, theirs = ({"embeddings": rng.normal(size=(rows, 6))} for rows in (40, 20))
+    reference = {**theirs, "misclassified": np.ones(20, bool), **labels}
+    for client in (local, remote):
+        with pytest.raises(InvalidInput, match="references with labels, or") as caught:
+            labels_of(client, pool, reference, "NEAREST")
+        assert caught.value.field == field
+        client.select("fisher_kernel", 3, **pool, reference=reference, params={"kernel": "PCC"})
+
+
 @pytest.mark.parametrize(("extra", "more", "params", "field", "words"), REFUSED.values(), ids=REFUSED)
 def test_what_can_not_be_is_refused_and_named(local, remote, rng, extra, more, params, field, words):
     def filled(given: Any) -> Any:

@@ -161,6 +161,9 @@ class FisherKernel(Spec):
                 path = f"references[0].{field}" if role or name.startswith("validation_") else f"pool.{name}"
                 words = f"{path} of shape {shape} with kernel {self.kernel} and pseudo_label {self.pseudo_label}"
                 raise _missing(f"{words}; the request has none", path)
+        nearest_asked = "PSEUDO_LABELS" in returns and self.pseudo_label is PseudoLabel.NEAREST
+        if nearest_asked and "probabilities" not in ours and "labels" not in theirs:
+            raise _missing(NO_LABELS, "references[0].labels")
         if "head_weights" in given and scales and "embeddings" not in given:
             width, wanted = shapes["head_weights"][1], shapes[max(scales, key=_number)][1]
             if width != wanted:
@@ -177,6 +180,9 @@ LABELS_NEED = {
     PseudoLabel.MC_TRACE: [("samples", "(N K C)")],
     PseudoLabel.MC_MUTUAL_INFORMATION: [("samples", "(N K C)"), ("head_weights", "(C D)")],
 }
+
+
+NO_LABELS = "references with labels, or pool.probabilities in their place, to tell labels; the request has neither"
 
 
 def _missing(words: str, field: str) -> InvalidInput:
@@ -589,6 +595,8 @@ class _Guess:
             return self._nearest(self._labeled)
         if how in (PseudoLabel.NEAREST, PseudoLabel.PREDICTED):
             if how is PseudoLabel.NEAREST:
+                if rows.probabilities is None:
+                    raise _missing(NO_LABELS, "references.labels")
                 words = "references have no labels: those of the pool are the likeliest classes"
                 self._notices.append(Notice(NoticeCode.FALLBACK, words))
             return rows.predicted(pool)[0]
