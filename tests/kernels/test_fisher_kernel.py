@@ -7,9 +7,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from queryselect import Client, InvalidInput
 from queryselect_service import strategy as strategies
+from queryselect_service.kernels.fisher_kernel import Kernel, PseudoLabel, ReferenceLabel, ReferenceSubset
 from queryselect_service.maths.noise import uniform
 from queryselect_service.shards import Slices
 from queryselect_service.spec import build
@@ -536,3 +539,39 @@ def test_what_can_not_be_is_refused_and_named(local, remote, rng, extra, more, p
         with pytest.raises(InvalidInput) as caught:
             client.select("fisher_kernel", 5, **pool, reference=theirs, params=params)
         assert (caught.value.field, words in str(caught.value)) == (field, True), str(caught.value)
+
+
+@given(data=st.data())
+def test_whatever_is_given_is_served_or_refused(local, data):
+    """No combination of what may be left out is a bug of the server."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    draw = lambda *choices: data.draw(st.sampled_from(choices))  # noqa: E731
+    samples, labels = rng.dirichlet(np.ones(C), (12, 3)), rng.integers(-1, C, 5)
+    optional = [
+        {"gradients": rng.normal(size=(12, 6)), "probabilities": rng.dirichlet(np.ones(C), 12), "samples": samples,
+         "head_weights": rng.normal(size=(C, 6)), "pseudo_labels": rng.integers(0, C, 12)},
+        {"gradients": rng.normal(size=(5, 6)), "probabilities": rng.dirichlet(np.ones(C), 5), "labels": labels,
+         "misclassified": rng.random(5) < 0.4},
+    ]  # fmt: skip
+    pool, reference = (
+        {"embeddings": rng.normal(size=(rows, 6)), **{name: x for name, x in each.items() if draw(False, True)}}
+        for rows, each in zip((12, 5), optional, strict=True)
+    )
+    params = {
+        "kernel": draw(*Kernel),
+        "pseudo_label": draw(*PseudoLabel),
+        "reference_label": draw(None, *ReferenceLabel),
+        "reference_subset": draw(*ReferenceSubset),
+        "author_compat": draw(False, True),
+        "coarse_products": draw(False, True),
+    }
+    asked = draw((), ("PSEUDO_LABELS",))
+    k = draw(1, 3, 12)
+    try:
+        found = local.select("fisher_kernel", k, **pool, reference=reference, params=params, returns=asked)
+    except InvalidInput as error:
+        assert "needs" in str(error) or "must" in str(error)
+    else:
+        assert len(set(found.indices)) == k
+        assert np.isfinite(found.scores).all()
+        assert not asked or ((found.pseudo_labels >= 0) & (found.pseudo_labels < C)).all()
