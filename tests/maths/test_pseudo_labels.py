@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from queryselect_service import shards
 from queryselect_service.maths import pseudo_labels
 from queryselect_service.maths.descriptors import coarse, paired, similarity, standardized, taken, total
 from queryselect_service.maths.pseudo_labels import likest, nearest
+from queryselect_service.shards import Whole
 
 
 def terms_of(x, dtype):
@@ -18,9 +20,10 @@ def terms_of(x, dtype):
 
 
 @pytest.mark.parametrize("group", [1, 4, 100])
+@pytest.mark.parametrize("span_bytes", [1, 8 << 10, 64 << 20])
 @pytest.mark.parametrize("kind", ["f64", "f32", "bf16"])
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.sampled_from([1.0, 1e-4, 0.0]))
-def test_the_nearest_are_those_of_float64(group, kind, seed, references, apart):
+def test_the_nearest_are_those_of_float64(group, span_bytes, kind, seed, references, apart):
     """However close the references are to each other: the lowest of equals."""
     rng = np.random.default_rng(seed)
     theirs = (rng.normal(size=(1, 8)) + apart * rng.normal(size=(references, 8))).astype("f4")
@@ -33,7 +36,8 @@ def test_the_nearest_are_those_of_float64(group, kind, seed, references, apart):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pseudo_labels, "GROUP", group)
         patch.setattr(pseudo_labels, "PAIR_ENTRIES", 40)
-        at, row, reference = nearest(rows, others)
+        patch.setattr(shards, "SPAN_BYTES", span_bytes)
+        at, row, reference = nearest(rows, others, Whole(6))
     if len(row):
         score = paired(taken(exact[0], row), taken(exact[1], reference))
         decided, best = likest(row, reference, score)

@@ -45,6 +45,8 @@ from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, 
 MORE_RANKS, GROWTH = 3, 4
 #: Entries of float64 rows that pairs are scored again with at a time.
 PAIR_ENTRIES = 1 << 19
+#: Rows that are compared with a block of references at a time.
+COMPARED_ROWS = 1024
 #: Pairs of a row and a reference that wait to be scored again in float64.
 UNDECIDED_PAIRS = 1 << 15
 #: Entries of the tables of centres' best rows.
@@ -630,11 +632,12 @@ class _Guess:
             best[at] = likest_of_them
             undecided.clear()
 
-        for span in pool.spans(len(rows), spans_bytes(rows.widths, len(labeled), work.itemsize)):
+        at_once = COMPARED_ROWS if labeled.device.type == "cpu" else 16 * COMPARED_ROWS
+        for span in pool.spans(len(rows), max(SPAN_BYTES // at_once, 64 * rows.widths)):
             ours = [rows.terms(span, work)]
             if self._spec.coarse_products:
                 ours = [coarse(ours[0]), *ours]
-            best[span], row, reference = nearest(ours, theirs)
+            best[span], row, reference = nearest(ours, theirs, pool)
             undecided.append(torch.stack([row + span.start, reference]))
             if sum(pairs.shape[1] for pairs in undecided) > UNDECIDED_PAIRS:
                 decide()

@@ -7,37 +7,55 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from queryselect_service.maths.descriptors import Head, Terms, batches, error_bound, paired, similarity, taken
+from queryselect_service.maths.descriptors import (
+    Head,
+    Terms,
+    batches,
+    error_bound,
+    paired,
+    similarity,
+    spans_bytes,
+    taken,
+)
 from queryselect_service.maths.predictions import Samples
+from queryselect_service.shards import Shards
 
 #: Added to the covariances of embedding and gradient, as in the authors' code.
 RIDGE = 1e-8
 
 
 #: Of so many references the most similar is found at once; those of groups that are not near are not looked at again.
-GROUP = 512
+GROUP = 128
 #: Entries of pairs of rows that are compared at a time.
 PAIR_ENTRIES = 1 << 20
 
 
-def nearest(rows: Sequence[Terms], references: Sequence[Terms]) -> tuple[Tensor, Tensor, Tensor]:
+def nearest(rows: Sequence[Terms], references: Sequence[Terms], pool: Shards) -> tuple[Tensor, Tensor, Tensor]:
     """The reference row (n,) of the highest similarity to each of `rows`, and pairs (p,) of a row and a reference.
 
-    Both are given as often as they are to be compared, ever more precisely: all rows with all references first, then
-    those that come near. A row of the pairs is most similar to one of theirs, which `likest` tells.
+    Both are given as often as they are to be compared, ever more precisely: all rows with all references first, a block
+    of these at a time, then those that come near. A row of the pairs is most similar to one of theirs, which `likest`
+    tells.
     """
-    found = similarity(rows[0], references[0])  # (n, M)
-    n = len(found)
-    row, reference = _near(found, _slack(rows[0], references[0]))
-    at = torch.empty(n, dtype=torch.int64, device=found.device).index_copy_(0, row, reference)
+    n, width, item = len(rows[0][0].lengths), _width(rows[0]), rows[0][0].factors[0].element_size()
+    slack = _slack(rows[0], references[0])
+    best = torch.full((n,), -torch.inf, dtype=slack.dtype, device=slack.device)
+    found = []
+    # Blocks of half a span leave room for it in a processor's cache.
+    for span in pool.spans(len(references[0][0].lengths), 2 * spans_bytes(width, n, item)):
+        row, reference, score, best = _near(similarity(rows[0], taken(references[0], span)), best, slack)
+        found.append((row, reference + span.start, score))
+    row, reference, score = (torch.cat(parts) for parts in zip(*found, strict=True))
+    kept = score >= (best - slack)[row]
+    row, reference = row[kept], reference[kept]
+    at = torch.empty(n, dtype=torch.int64, device=slack.device).index_copy_(0, row, reference)
     row, reference = _shared(row, reference, n)
     for ours, theirs in zip(rows[1:], references[1:], strict=True):
-        width = sum(factor.shape[1] for term in ours for factor in term.factors)
         parts = [
             paired(taken(ours, row[part]), taken(theirs, reference[part]))
             for part in batches(len(row), max(1, PAIR_ENTRIES // width))
         ]
-        score = torch.cat([found.new_empty(0, dtype=torch.float64), *parts])
+        score = torch.cat([slack[:0], *parts])
         kept = score >= _highest(row, score, n)[row] - _slack(ours, theirs)[row]
         row, reference = row[kept], reference[kept]
         at.index_copy_(0, row, reference)
@@ -54,25 +72,42 @@ def likest(row: Tensor, reference: Tensor, score: Tensor) -> tuple[Tensor, Tenso
     return distinct, lowest.scatter_reduce_(0, which[best], reference[best], "amin")
 
 
+def _width(rows: Terms) -> int:
+    """The entries of a row."""
+    return sum(factor.shape[1] for term in rows for factor in term.factors)
+
+
 def _slack(rows: Terms, references: Terms) -> Tensor:
     """By how much (n,) the similarity of a row to two references may be wrong, both together."""
     return 2 * error_bound(rows, references)
 
 
-def _near(found: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs (p,) of a row and a column whose entry (n, M) is no further below the row's highest than `slack` (n,)."""
+def _near(found: Tensor, best: Tensor, slack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs (p,) of a row and a column whose entry (n, M) is no further below the row's highest than `slack` (n,).
+
+    Returns them with their entries, and the highest (n,) so far, best, that now is.
+    """
     count = found.shape[1]
     size = min(GROUP, count)
+    # As integers, entries of 16 bits compare alike from 0 on, and much faster; those below count as 0 at first.
+    short = found.dtype is torch.bfloat16
+    entries = found.view(torch.int16) if short else found
     # The last group begins with columns of the one before, which are not its own.
-    highest = torch.cat([found.unfold(1, size, size).amax(2), found[:, count - size :].amax(1, keepdim=True)], 1)
-    bar = highest.amax(1).double() - slack
-    bar = bar if found.dtype is torch.float64 else bar.float()
+    highest = torch.cat([entries.unfold(1, size, size).amax(2), entries[:, count - size :].amax(1, keepdim=True)], 1)
+    highest = highest.clamp_min_(0).view(found.dtype) if short else highest
+    top = highest.amax(1)
+    if short and (below := top == 0).any():
+        top[below] = found[below].amax(1)
+    best = torch.maximum(best, top)
+    bar = best - slack
     row, group = (highest >= bar[:, None]).nonzero().unbind(1)
     start = (group * size).clamp_max_(count - size)
-    pair, within = (found.unfold(1, size, 1)[row, start] >= bar[row, None]).nonzero().unbind(1)
+    values = found.unfold(1, size, 1)[row, start]  # (g, size)
+    pair, within = (values >= bar[row, None]).nonzero().unbind(1)
     column = start[pair] + within
     own = column >= group[pair] * size
-    return row[pair[own]], column[own]
+    pair, within = pair[own], within[own]
+    return row[pair], column[own], values[pair, within].double(), best
 
 
 def _highest(row: Tensor, score: Tensor, n: int) -> Tensor:
