@@ -5,7 +5,8 @@
     FOLDER/banking77/X_test.npy           (M, D), y_test.npy (M,): held out
     FOLDER/banking77/idx_imbalance10.npy  rows of the pool in which some classes are 10 times as rare as others
 
-and the same for every other set. "mnist-imbalance10" is the set mnist with those rows of its pool alone.
+and the same for every other set; mnist/pixels_uint8.npz has its images too: X_train and X_test, (n, 784) uint8.
+"mnist-imbalance10" is the set mnist with those rows of its pool alone.
 """
 
 from __future__ import annotations

@@ -335,8 +335,9 @@ def fisher_kernel(  # noqa: PLR0917  # its inputs, all passed by name
     validation_*: the same of M held-out rows; labels (M,), -1 where unknown, or only whether they are misclassified.
     Scores are R of the pairs. pseudo_labels: the labels (n,).
 
-    The references are labelled, and the method never trains on them: it is for sets that must stay held out. Where
-    training on them is allowed, it may well be worth more than every pick.
+    The references are labelled, and the method never trains on them: it is for sets that must stay held out. Training
+    on them, where that is allowed, may be worth more than all picks: in the paper's MNIST experiment 98.5 % of the test
+    set are then right, and 91 % after ten rounds of picks (benchmarks/reproductions).
 
     >>> from queryselect_service.shards import Whole
     >>> pool = torch.tensor([[0.0, 1, 2], [2, 1, 0], [0, 3, 1]])
