@@ -417,13 +417,14 @@ def test_rows_without_variance_are_like_nothing(local, rng):
     reference = {**theirs, "misclassified": np.ones(20, bool)}
     got = local.select("fisher_kernel", 12, **pool, reference=reference, params={"kernel": "PCC"})
     assert len(set(got.indices)) == 12
-    theirs_too, warning = got.warnings
+    theirs_too, few, warning = got.warnings
+    assert few.code == "COVERED"
     assert theirs_too.message == "10 of 20 reference rows that count are without variance: nothing is like them"
     assert (warning.code, warning.rows.tolist()) == ("INERT_ROWS", [4, 9])
     alive = {name: np.delete(x, range(2, 12), 0) for name, x in reference.items()}
     fewer = local.select("fisher_kernel", 12, **pool, reference=alive, params={"kernel": "PCC"})
     assert fewer.indices.tolist() == got.indices.tolist()
-    assert len(fewer.warnings) == 1
+    assert [each.code for each in fewer.warnings] == ["COVERED", "INERT_ROWS"]
 
 
 def test_references_without_variance_rank_nothing(local, rng):
@@ -454,6 +455,28 @@ def test_one_reference_row_ranks_the_pool(local, rng):
     )
     assert got.indices.tolist() == (-r).argsort().tolist()
     np.testing.assert_allclose(got.scores, np.sort(r)[::-1], rtol=1e-9)
+    assert "that count: 1, fewer than the 40 picks" in warned(got)["COVERED"]
+
+
+def test_fewer_references_than_picks_take_turns_which_is_said(local, rng):
+    """Every one of them is a centre: first all their likest rows, then all their second likest."""
+    pool, theirs = some(40, rng), some(20, rng)
+    wrong = np.arange(20) < 6
+    reference = {**theirs, "misclassified": wrong}
+    r = standardized(theirs["embeddings"][wrong]) @ standardized(pool["embeddings"]).T
+    for k, said in (
+        (5, None),
+        (6, None),
+        (7, "that count: 6, fewer than the 7 picks"),
+        (40, "fewer than the 40 picks"),
+    ):
+        got = local.select("fisher_kernel", k, **pool, reference=reference, params={"kernel": "PCC"})
+        assert (said or "") in warned(got).get("COVERED", "")
+        assert bool(got.warnings) is bool(said)
+        if k > 5:
+            rows, scores = choose(r, k, np.ones(40, bool))
+            assert got.indices.tolist() == rows
+            np.testing.assert_allclose(got.scores, scores, rtol=1e-9, atol=1e-9)
 
 
 def test_all_rows_of_several_sets(local, rng):

@@ -379,6 +379,11 @@ def fisher_kernel(  # noqa: PLR0917  # its inputs, all passed by name
         first = _first(subset, spec, seed)
         at = k_centers(wrong, first, choice.k, pool, repeat=spec.author_compat)
         subset, wrong = subset[at], taken(wrong, at)
+    if len(subset) < choice.k:
+        words = f"reference rows that count: {len(subset)}, fewer than the {choice.k} picks"
+        notices.append(
+            Notice(NoticeCode.COVERED, f"{words}: each gives its likest row, then its second likest, and so on")
+        )
     centres = _Centres(wrong, references.whole(subset, torch.float64, pool), coarse=spec.coarse_products)
     indices, scores, inert = _fill(rows, centres, choice, pool, work, author_compat=spec.author_compat)
     if len(inert):
