@@ -638,8 +638,7 @@ class _Guess:
             best[at] = likest_of_them
             undecided.clear()
 
-        at_once = COMPARED_ROWS if labeled.device.type == "cpu" else 16 * COMPARED_ROWS
-        for span in pool.spans(len(rows), max(SPAN_BYTES // at_once, 64 * rows.widths)):
+        for span in pool.spans(len(rows), max(SPAN_BYTES // COMPARED_ROWS, 64 * rows.widths)):
             ours = [rows.terms(span, work)]
             if self._spec.coarse_products:
                 ours = [coarse(ours[0]), *ours]
