@@ -82,9 +82,10 @@ class Setting:
 
 
 SETTINGS = {
-    # Full BAIT at 77 classes of 384 dimensions takes minutes for one selection from 1000 rows: it is compared at fewer
-    # dimensions, and at 26 classes.
+    # Full BAIT at 77 classes of 384 dimensions takes minutes for ten picks from hundreds of rows: it is compared there on
+    # a small pool, and at fewer dimensions or classes on larger ones.
     "banking77": Setting("banking77", rows=1500, initial=77, budget=40, rounds=5, without=(FULL,)),
+    "banking77-400rows": Setting("banking77", rows=400, initial=77, budget=10, rounds=3),
     "banking77-32dims": Setting("banking77", rows=800, initial=77, budget=40, rounds=4, dimensions=32),
     "banking77-26classes": Setting("banking77", rows=1000, initial=26, budget=20, rounds=4, classes=26),
     "mnist": Setting("mnist", rows=3000, initial=20, budget=25, rounds=6),
