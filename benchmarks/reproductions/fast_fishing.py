@@ -82,8 +82,8 @@ class Setting:
 
 
 SETTINGS = {
-    # Full BAIT at 77 classes of 384 dimensions takes minutes for ten picks from hundreds of rows: it is compared there on
-    # a small pool, and at fewer dimensions or classes on larger ones.
+    # Full BAIT at 77 classes of 384 dimensions takes minutes for ten picks from hundreds of rows: it is compared there
+    # on a small pool, and at fewer dimensions or classes on larger ones.
     "banking77": Setting("banking77", rows=1500, initial=77, budget=40, rounds=5, without=(FULL,)),
     "banking77-400rows": Setting("banking77", rows=400, initial=77, budget=10, rounds=3),
     "banking77-32dims": Setting("banking77", rows=800, initial=77, budget=40, rounds=4, dimensions=32),
