@@ -253,8 +253,8 @@ def _check_required(
     description: strategy_pb2.StrategyDescription, pool: selection_pb2.Pool, given: Sequence[str]
 ) -> None:
     """Says what the server would say of a missing input, with what was given here and not sent."""
+    fields = {field.name for field, _ in pool.ListFields()}
     for wanted in description.inputs:
-        fields = {field.name for field, _ in pool.ListFields()}
         if wanted.required and not fields.intersection(_choices(wanted)):
             names = " or ".join(f"pool.{name}" for name in _choices(wanted))
             raise InvalidInput(

@@ -21,11 +21,6 @@ from tests.strategy_case import ROWS, StrategyCase
 C, M = 4, 24
 
 
-def softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
-
-
 def standardized(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64)
     return (x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + 1e-10)

@@ -12,8 +12,10 @@ import torch
 from queryselect_service.maths.descriptors import standardized, total
 from queryselect_service.maths.least_like import k_centers
 from queryselect_service.shards import Whole
+from tests.kernels.fisher import softmax
 
 DATA = np.load(Path(__file__).parents[1] / "data" / "fisher_kernel.npz")
+P_VAL = softmax(DATA["B_logits_val"].astype(np.float64))
 RUNS = [("A1", "SUM"), ("A1", "PCC"), ("A3", "SUM"), ("A3", "PCC"), ("A5", "SUM")]
 #: What the authors call each way to guess a label: what it is called here, None where gradients stand for it alone.
 GUESSES = {
@@ -28,11 +30,6 @@ def scales(name, rows, form, dtype):
         {part: DATA[f"{name}_{letter}_{rows}"][:, start:stop].astype(dtype) for part, letter in parts.items()}
         for start, stop in pairwise(DATA[f"{name}_edges"])
     ]
-
-
-def softmax(z):
-    e = np.exp(z.astype(np.float64) - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
 
 
 @pytest.mark.parametrize(("name", "form"), RUNS)
@@ -79,7 +76,11 @@ def test_the_picks_by_every_guess_of_labels_are_the_authors(local, how):
         len(picks),
         **pool,
         excluded=np.setdiff1d(np.arange(300), DATA["B_available"]),
-        reference={**reference, "labels": DATA["B_y_val"], "probabilities": softmax(DATA["B_logits_val"])},
+        reference={
+            **reference,
+            "labels": DATA["B_y_val"],
+            "probabilities": P_VAL,
+        },
         params={"kernel": form, "author_compat": True},
     )
     assert sorted(got.indices) == sorted(picks)
@@ -88,7 +89,7 @@ def test_the_picks_by_every_guess_of_labels_are_the_authors(local, how):
 @pytest.mark.parametrize("how", [each for each, name in GUESSES.items() if name not in {None, "PROVIDED"}])
 def test_guessed_labels_are_the_authors(local, how):
     """Those of cor are the least likely class, whatever the samples: at the last layer the trace tells nothing else."""
-    p = softmax(DATA["B_logits_pool"])
+    p = softmax(DATA["B_logits_pool"].astype(np.float64))
     got = local.select(
         "fisher_kernel",
         5,
@@ -97,7 +98,7 @@ def test_guessed_labels_are_the_authors(local, how):
         samples=p[:, None],
         reference={
             "embeddings": DATA["B_z_val"],
-            "probabilities": softmax(DATA["B_logits_val"]),
+            "probabilities": P_VAL,
             "labels": DATA["B_y_val"],
         },
         params={"kernel": "PCC", "pseudo_label": GUESSES[how]},

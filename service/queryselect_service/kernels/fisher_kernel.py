@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -60,6 +60,11 @@ class Kernel(enum.StrEnum):
     SUM = "SUM"
     PCC = "PCC"
     LAST_LAYER = "LAST_LAYER"
+
+    @property
+    def compares_gradients(self) -> bool:
+        """Whether scales have gradients."""
+        return self in (Kernel.PRODUCT, Kernel.SUM)
 
 
 class PseudoLabel(enum.StrEnum):
@@ -122,11 +127,6 @@ class FisherKernel(Spec):
             return self.pseudo_label is PseudoLabel.PREDICTED
         return self.reference_label is ReferenceLabel.PREDICTED
 
-    @property
-    def compares_gradients(self) -> bool:
-        """Whether scales have gradients."""
-        return self.kernel in (Kernel.PRODUCT, Kernel.SUM)
-
     def check_inputs(self, shapes: Mapping[str, tuple[int, ...]], returns: Collection[str]) -> None:
         """Raises InvalidInput where the parameters need an input that is not there, or of another shape."""
         given = {name.replace("logits", "probabilities") for name in shapes}
@@ -136,7 +136,7 @@ class FisherKernel(Spec):
         if {*scales} != {name for name in theirs if name.startswith("scales") and name.endswith("embeddings")}:
             raise _missing("the pool and the references to have the same scales; they have not", "references")
         derives = self.kernel is Kernel.LAST_LAYER
-        if self.compares_gradients:
+        if self.kernel.compares_gradients:
             of_scale = "scales[" if scales else "gradients"
             gradients, others = (
                 {name for name in side if name.startswith(of_scale) and name.endswith("gradients")}
@@ -229,8 +229,7 @@ class _Side:
         """Whether gradients of the last layer are made here."""
         if self.kernel is Kernel.LAST_LAYER:
             return True
-        compares = self.kernel in (Kernel.PRODUCT, Kernel.SUM)
-        return compares and self.head is not None and self.scales[-1].gradients is None
+        return self.kernel.compares_gradients and self.head is not None and self.scales[-1].gradients is None
 
     def embeddings(self, rows: slice | Tensor, dtype: torch.dtype) -> list[Tensor]:
         """The standardised features of every scale, (r, L) each."""
@@ -361,7 +360,7 @@ def fisher_kernel(  # noqa: PLR0917  # its inputs, all passed by name
     known = None if validation_labels is None else validation_labels.long()
     _check_classes(known, validation_probabilities, "references", least=-1)
     subset, notices = _subset(references, known, validation_misclassified, spec, choice.k, pool)
-    guess = _Guess(spec, rows, references, known, samples, head_weights, pseudo_labels, work, pool)
+    guess = _Guess(spec, rows, references, known, samples, pseudo_labels, work, pool)
     if rows.derives:
         rows = replace(rows, labels=guess())
         references = replace(references, labels=guess.of_references())
@@ -414,19 +413,18 @@ def _subset(
     if spec.reference_subset is ReferenceSubset.ALL:
         return every, []
     words = "no reference row is misclassified"
-    predicted, confidence = (None, None) if references.probabilities is None else references.predicted(pool)
     if misclassified is not None:
         wrong = every[misclassified]
-    elif labels is not None and predicted is not None:
-        wrong = every[(predicted != labels) & (labels >= 0)]
+    elif labels is not None and references.probabilities is not None:
+        wrong = every[(references.predicted(pool)[0] != labels) & (labels >= 0)]
     else:
         words = "neither labels with probabilities nor misclassified tell which reference rows the model gets wrong"
         wrong = every[:0]
     if len(wrong):
         return wrong, []
-    if confidence is None:
+    if references.probabilities is None:
         return every, [Notice(NoticeCode.NO_MISCLASSIFIED, f"{words}: all {len(every)} serve")]
-    least = confidence.argsort(stable=True)[:k].sort().values
+    least = references.predicted(pool)[1].argsort(stable=True)[:k].sort().values
     return least, [Notice(NoticeCode.NO_MISCLASSIFIED, f"{words}: the {len(least)} least confident serve")]
 
 
@@ -527,7 +525,12 @@ def _best_rows(
         bar = bar.clamp_min(torch.finfo(torch.float32).min)
         near = found >= (bar if found.dtype is torch.float64 else bar.float())[:, None]
         centre, row = near.nonzero().unbind(1)  # (p,)
-        mine.add(centre, row + span.start + pool.offset, _exactly(rows, centres, centre, row + span.start, pool))
+
+        def theirs(pairs: slice, centre: Tensor = centre) -> Terms:
+            return taken(centres.exact, centre[pairs])
+
+        score = _exactly(rows, row + span.start, theirs, pool)
+        mine.add(centre, row + span.start + pool.offset, score)
     every = BestRows(count, keep, device)
     for values, numbers in pool.blocks(mine.values.T.contiguous(), mine.rows.T.contiguous()):
         centre, rank = (numbers >= 0).T.nonzero().unbind(1)
@@ -536,13 +539,12 @@ def _best_rows(
     return every, torch.cat([dead[:0], *(block for (block,) in pool.blocks(dead))])
 
 
-def _exactly(rows: _Side, centres: _Centres, centre: Tensor, row: Tensor, pool: Shards) -> Tensor:
-    """The similarity (p,) of pairs of a centre and a row in float64."""
+def _exactly(rows: _Side, row: Tensor, others: Callable[[slice], Terms], pool: Shards) -> Tensor:
+    """The similarity (p,) of pairs in float64: of a row, and of what `others` gives for a slice of the pairs."""
     parts = [torch.empty(0, dtype=torch.float64, device=row.device)]
-    for part in pool.spans(len(row), SPAN_BYTES // max(1, PAIR_ENTRIES // rows.widths)):
-        distinct, which = torch.unique(row[part], return_inverse=True)
-        exact = rows.terms(distinct, torch.float64)
-        parts.append(paired(taken(exact, which), taken(centres.exact, centre[part])))
+    for pairs in pool.spans(len(row), SPAN_BYTES // max(1, PAIR_ENTRIES // rows.widths)):
+        distinct, which = torch.unique(row[pairs], return_inverse=True)
+        parts.append(paired(taken(rows.terms(distinct, torch.float64), which), others(pairs)))
     return torch.cat(parts)
 
 
@@ -556,13 +558,12 @@ class _Guess:
         references: _Side,
         known: Tensor | None,
         samples: Samples | None,
-        head: Tensor | None,
         provided: Tensor | None,
         work: torch.dtype,
         pool: Shards,
     ) -> None:
         self._spec, self._rows, self._references, self._known = spec, rows, references, known
-        self._samples, self._head, self._provided, self._work, self._pool = samples, head, provided, work, pool
+        self._samples, self._provided, self._work, self._pool = samples, provided, work, pool
         self._made: Tensor | None = None
         self._notices: list[Notice] = []
         self._labeled = None if known is None else (known >= 0).nonzero().squeeze(1)
@@ -580,19 +581,18 @@ class _Guess:
 
     def of_references(self) -> Tensor:
         """The labels (M,) of the reference rows."""
-        by_prediction = self._spec.labels_by_prediction
-        missing = len(self._references) - (0 if self._labeled is None else len(self._labeled))
-        if not (by_prediction or missing) and self._known is not None:
-            return self._known
-        predicted, _ = self._references.predicted(self._pool)
-        if by_prediction or self._known is None:
-            if not by_prediction:
-                words = "references have no labels: their gradients are those of the likeliest classes"
-                self._notices.append(Notice(NoticeCode.FALLBACK, words))
-            return predicted
-        words = f"{missing} of {len(predicted)} reference rows have no label: theirs is the likeliest class"
+        known = self._known
+        if self._spec.labels_by_prediction:
+            return self._references.predicted(self._pool)[0]
+        missing = 0 if known is None else int((known < 0).count_nonzero())
+        if known is not None and not missing:
+            return known
+        words = "references have no labels: their gradients are those of the likeliest classes"
+        if known is not None:
+            words = f"{missing} of {len(known)} reference rows have no label: theirs is the likeliest class"
         self._notices.append(Notice(NoticeCode.FALLBACK, words))
-        return torch.where(self._known >= 0, self._known, predicted)
+        predicted, _ = self._references.predicted(self._pool)
+        return predicted if known is None else torch.where(known >= 0, known, predicted)
 
     def _make(self) -> Tensor:
         rows, pool, how = self._rows, self._pool, self._spec.pseudo_label
@@ -610,39 +610,40 @@ class _Guess:
             return rows.predicted(pool)[0]
         assert self._samples is not None  # checked with the inputs
         _, count, classes = self._samples.shape
-        head = None if self._head is None else Head(self._head)
         parts = []
         for span in pool.spans(len(rows), 32 * count * classes + 16 * classes * min(classes, rows.last.shape[1])):
             if how is PseudoLabel.MC_TRACE:
-                parts.append(trace(self._samples, span, rows.last, self._head))
+                parts.append(trace(self._samples, span, rows.last, rows.head))
             else:
-                assert head is not None  # checked too
-                parts.append(mutual_information(self._samples, span, rows.last, head))
+                assert rows.head is not None  # checked too
+                parts.append(mutual_information(self._samples, span, rows.last, rows.head))
         return torch.cat([torch.empty(0, dtype=torch.int64, device=rows.last.device), *parts])
 
     def _nearest(self, labeled: Tensor) -> Tensor:
         """p(y, z): the label of the reference row of the highest R_z, over all that have one."""
-        plain = replace(self._rows, kernel=Kernel.PCC), replace(self._references, kernel=Kernel.PCC)
-        rows, references = plain
+        rows, references = (replace(side, kernel=Kernel.PCC) for side in (self._rows, self._references))
         known, pool, work = self._known, self._pool, self._work
         assert known is not None  # where there are labelled ones
-        theirs = [references.whole(labeled, work, pool)]
-        if self._spec.coarse_products:
-            theirs = [coarse(theirs[0]), *theirs]
+
+        def compared(terms: Terms) -> list[Terms]:
+            return [coarse(terms), terms] if self._spec.coarse_products else [terms]
+
+        theirs = compared(references.whole(labeled, work, pool))
         best = torch.empty(len(rows), dtype=torch.int64, device=labeled.device)
         undecided: list[Tensor] = []  # pairs (2, p)
 
         def decide() -> None:
             row, reference = torch.cat(undecided, 1)
-            at, likest_of_them = likest(row, reference, self._exactly(rows, references, row, labeled[reference]))
-            best[at] = likest_of_them
+
+            def exact(pairs: slice) -> Terms:
+                return references.terms(labeled[reference[pairs]], torch.float64)
+
+            at, nearest_of_them = likest(row, reference, _exactly(rows, row, exact, pool))
+            best[at] = nearest_of_them
             undecided.clear()
 
         for span in pool.spans(len(rows), max(SPAN_BYTES // COMPARED_ROWS, 64 * rows.widths)):
-            ours = [rows.terms(span, work)]
-            if self._spec.coarse_products:
-                ours = [coarse(ours[0]), *ours]
-            best[span], row, reference = nearest(ours, theirs, pool)
+            best[span], row, reference = nearest(compared(rows.terms(span, work)), theirs, pool)
             undecided.append(torch.stack([row + span.start, reference]))
             if sum(pairs.shape[1] for pairs in undecided) > UNDECIDED_PAIRS:
                 decide()

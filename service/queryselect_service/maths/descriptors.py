@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 
 import torch
@@ -106,17 +107,25 @@ class Head:
 
     def __init__(self, weights: Tensor) -> None:
         """weights: (C, L)."""
-        w = weights.double()
-        self.width = w.shape[1]
-        self.plain = _root(w)
-        # Subtracting a row's mean from g is subtracting every class's mean from W.
-        self._centered = _root(w - w.mean(1, keepdim=True))
-        largest = float(self._centered.abs().max())
-        self._step = 2.0 ** (math.frexp(largest)[1] - KEPT_BITS) if largest else 1.0
+        self.weights = weights.double()
+        self.width = weights.shape[1]
+
+    @cached_property
+    def plain(self) -> Tensor:
+        """A root of W Wᵀ, (C, min(C, L))."""
+        return _root(self.weights)
+
+    @cached_property
+    def _centered(self) -> tuple[Tensor, float]:
+        """The same of W less every class's mean, which takes its mean from a row of gradients; and a unit of it."""
+        root = _root(self.weights - self.weights.mean(1, keepdim=True))
+        largest = float(root.abs().max())
+        return root, 2.0 ** (math.frexp(largest)[1] - KEPT_BITS) if largest else 1.0
 
     def standardized(self, residuals: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows (n, min(C, L)) whose products are those of the gradients of `residuals` (n, C), standardised."""
-        rows = (residuals @ self._centered).div_(self._step).round_().mul_(self._step)
+        centered, step = self._centered
+        rows = (residuals @ centered).div_(step).round_().mul_(step)
         deviation = torch.linalg.vector_norm(rows, dim=1, keepdim=True).div_(math.sqrt(max(1, self.width - 1)))
         return rows.div_(deviation.add_(EPSILON)).to(dtype)
 

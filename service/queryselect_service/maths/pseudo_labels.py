@@ -22,8 +22,6 @@ from queryselect_service.shards import Shards
 
 #: Added to the covariances of embedding and gradient, as in the authors' code.
 RIDGE = 1e-8
-
-
 #: Of so many references the most similar is found at once; those of groups that are not near are not looked at again.
 GROUP = 128
 #: Entries of pairs of rows that are compared at a time.
@@ -121,7 +119,7 @@ def _shared(row: Tensor, reference: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return row[several], reference[several]
 
 
-def trace(samples: Samples, rows: slice, embeddings: Tensor, head: Tensor | None) -> Tensor:
+def trace(samples: Samples, rows: slice, embeddings: Tensor, head: Head | None) -> Tensor:
     """The argmax over y (n,) of Σ_k z·g_k(y), the uncentred trace of the covariance of embedding and gradient.
 
     With g_k(y) = Wᵀ (p_k - e_y) and u = W z it is Σ_k (p_k·u - u_y): the class of the least logit, whatever the
@@ -129,7 +127,7 @@ def trace(samples: Samples, rows: slice, embeddings: Tensor, head: Tensor | None
     """
     if head is None:
         return samples.logarithms(rows).sum(1).argmin(1)
-    return (embeddings[rows].double() @ head.double().T).argmin(1)
+    return (embeddings[rows].double() @ head.weights.T).argmin(1)
 
 
 def mutual_information(samples: Samples, rows: slice, embeddings: Tensor, head: Head) -> Tensor:
