@@ -95,11 +95,12 @@ class Samples:
 
     def of(self, values: Tensor) -> Tensor:
         """The distributions of other values (..., C), sent as these were."""
+        own = values.dtype is not torch.float64  # a copy then, to be written to
         values = values.double()
         if self.multilabel:
             return _label_distributions(values, self.kind)
         if self.kind is SamplesKind.PROBABILITIES:
-            return values / values.sum(-1, keepdim=True)
+            return torch.div(values, values.sum(-1, keepdim=True), out=values if own else None)
         # By hand: over a last axis of a few classes torch's softmax takes several times as long.
         likelihoods = values.sub(values.amax(-1, keepdim=True)).exp_()
         return likelihoods.div_(likelihoods.sum(-1, keepdim=True))
