@@ -92,7 +92,7 @@ class Processes:
         options: those of strategies.select, `context`, `candidates` and `limits` in terms of all rows.
         """
         strategy = strategies.STRATEGIES.get(name) or strategies.PLUGINS[name]
-        rowwise = strategies.per_row(strategy, inputs)
+        rowwise = strategies.per_row(strategy.bound(options["spec"], inputs), inputs)
         context, candidates = options.pop("context"), options.pop("candidates")
         limits = options.pop("limits", None) or strategies.Limits()
         found: list[Selected] = self.run(

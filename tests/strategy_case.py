@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from queryselect import Client, InvalidInput, Picks
 from queryselect_service import strategy as strategies
+from queryselect_service.maths.predictions import SamplesKind
 from queryselect_service.quotas import Quota, QuotaLimit
 from queryselect_service.shards import Whole
 from queryselect_service.spec import build
@@ -109,6 +110,12 @@ class StrategyCase:
     # What the tests below share.
 
     @property
+    def kinds(self) -> dict[str, SamplesKind]:
+        """What the samples are, as kernels are told."""
+        kind = self.options.get("samples_kind")
+        return {"samples": SamplesKind(kind)} if kind else {}
+
+    @property
     def seeded(self) -> bool:
         """Whether the seed changes the picks from these inputs."""
         return self.strategy.seeded
@@ -166,6 +173,7 @@ class StrategyCase:
             "candidates": candidates,
             "spec": build(self.strategy.spec, self.params),
             "task": strategies.Task(self.options.get("task", "MULTICLASS")),
+            "kinds": self.kinds,
             "seed": 3,
             "limits": limits,
         }
@@ -300,6 +308,7 @@ class StrategyCase:
             context=torch.tensor([1, 2]),
             spec=build(self.strategy.spec, self.params),
             task=strategies.Task(self.options.get("task", "MULTICLASS")),
+            kinds=self.kinds,
             seed=5,
         )
         assert here.indices.tolist() == served.indices.tolist() == direct.indices.tolist()

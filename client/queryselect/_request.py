@@ -254,11 +254,11 @@ def _description(
     if found is None or not found.base_parameter:
         return found
     chosen = getattr(strategy, _name(strategy))
-    (default,) = (each.default for each in found.parameters if each.name == found.base_parameter)
-    name = getattr(chosen, found.base_parameter) if chosen.HasField(found.base_parameter) else default
-    base = descriptions.get(name)
-    if base is None:  # the server says so
+    (parameter,) = (each for each in found.parameters if each.name == found.base_parameter)
+    name = getattr(chosen, parameter.name) if chosen.HasField(parameter.name) else parameter.default
+    if name not in parameter.values:  # the server says so
         return None
+    base = descriptions[name]
     merged = strategy_pb2.StrategyDescription()
     merged.CopyFrom(found)
     merged.inputs.extend(base.inputs)

@@ -173,6 +173,11 @@ class Strategy:
         return self.pointwise or "choice" in self.keywords
 
     @property
+    def can_be_base(self) -> bool:
+        """Whether another strategy can build on its scores."""
+        return self.pointwise and not self.base_parameter
+
+    @property
     def summary(self) -> str:
         """The first line of the kernel's documentation."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
@@ -227,11 +232,16 @@ STRATEGIES: dict[str, Strategy] = {}
 PLUGINS: dict[str, Strategy] = {}
 
 
+def bases() -> dict[str, Strategy]:
+    """The strategies whose scores another one can build on, by name."""
+    return {name: STRATEGIES[name] for name in sorted(STRATEGIES) if STRATEGIES[name].can_be_base}
+
+
 def _base(strategy: Strategy, name: str) -> Strategy:
     """The strategy whose scores another one builds on."""
-    known = {each.name: each for each in STRATEGIES.values() if each.pointwise and not each.base_parameter}
+    known = bases()
     if name not in known:
-        words = f"{strategy.base_parameter} must be one of {', '.join(sorted(known))}; it is {name!r}"
+        words = f"{strategy.base_parameter} must be one of {', '.join(known)}; it is {name!r}"
         raise InvalidInput(words, field=strategy.base_parameter)
     return known[name]
 

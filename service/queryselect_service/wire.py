@@ -16,7 +16,7 @@ import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from queryselect_service import spec as specs
+from queryselect_service import strategy as strategies
 from queryselect_service.checks import Array, elements, shape_text
 from queryselect_service.engine import Times
 from queryselect_service.errors import InvalidInput, OverLimit, Unsupported
@@ -352,7 +353,12 @@ def describe(strategy: Strategy) -> strategy_pb2.StrategyDescription:
             for role in strategy.roles
         ],
         tasks=[strategy_pb2.Task.Value(f"TASK_{task}") for task in strategy.tasks],
-        parameters=[_describe_parameter(each, hints[each.name]) for each in dataclasses.fields(strategy.spec)],
+        parameters=[
+            _describe_parameter(
+                each, hints[each.name], strategies.bases() if each.name == strategy.base_parameter else ()
+            )
+            for each in dataclasses.fields(strategy.spec)
+        ],
         cost=strategy.cost,
         seeded=strategy.seeded,
         pool_scores=strategy.pool_scores,
@@ -378,14 +384,17 @@ def _describe_inputs(strategy: Strategy, role: ReferenceRole | None) -> list[str
 _PARAMETER_TYPES = {bool: "BOOL", int: "INT", float: "FLOAT", str: "STRING"}
 
 
-def _describe_parameter(field: dataclasses.Field[Any], hint: Any) -> strategy_pb2.ParameterDescription:
+def _describe_parameter(
+    field: dataclasses.Field[Any], hint: Any, known: Iterable[str]
+) -> strategy_pb2.ParameterDescription:
+    """known: the values that it can have beside those of an enum."""
     kind, _ = specs.value_type(hint)
-    names = getattr(kind, "__members__", None)
+    names = [*getattr(kind, "__members__", ()), *known]
     low, high = field.metadata["low"], field.metadata["high"]
     text = strategy_pb2.ParameterDescription(
         name=field.name,
         type=strategy_pb2.ParameterType.Value(f"PARAMETER_TYPE_{_PARAMETER_TYPES.get(kind, 'ENUM')}"),
-        values=names or (),
+        values=names,
         minimum=low,
         maximum=high,
         doc=field.metadata["doc"],

@@ -504,7 +504,7 @@ class ParameterDescription(google.protobuf.message.Message):
     """One line on what it does."""
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The names of the values of an enum, without their prefix."""
+        """The names of the values of an enum, without their prefix; of a text, where only some names can be given."""
 
     def __init__(
         self,

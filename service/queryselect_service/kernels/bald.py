@@ -26,8 +26,8 @@ JOINT_ENTRIES = 1 << 19
 class BaldAggregation(enum.StrEnum):
     """How the information in a row's labels becomes the row's score, when the task is multi-label."""
 
-    SUM = "SUM"
     MEAN = "MEAN"
+    SUM = "SUM"
     MAX = "MAX"
     TOP_K_MEAN = "TOP_K_MEAN"
     JOINT = "JOINT"
@@ -123,4 +123,5 @@ def _drawn(samples: Tensor) -> Tensor:
         drawn = (noise < samples[row, :, None, :, 1]).double().flatten(0, 1)  # (K draws, L)
         posterior = torch.log_softmax(drawn @ odds[row].T + absent[row], dim=1)  # (K draws, K)
         found[row] = math.log(members) - surprise(posterior.exp_()).sum(1).mean()
-    return found.clamp(0, min(labels * math.log(2), math.log(members)))
+    most = math.log(members)
+    return without_noise(found, torch.full_like(found, most)).clamp(max=min(labels * math.log(2), most))
