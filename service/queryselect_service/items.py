@@ -96,4 +96,4 @@ class Items:
     def memory(self, rows: int, items: int) -> int:
         """The most bytes that `aggregate` takes beside item_rows: scores in another order, counts, a block's sort."""
         block = min(rows, BLOCK_ROWS)
-        return 9 * rows + 32 * items + 64 * block
+        return 9 * rows + 32 * items + 96 * block

@@ -275,6 +275,8 @@ class Request:
 
     def _check_names(self) -> None:
         strategy = self.strategy
+        if self.items is not None:
+            self.items.check(strategy)
         if "probabilities" in self.inputs and "logits" in self.inputs:
             raise InvalidInput(
                 "pool needs exactly one of probabilities and logits; the request has both", field="pool.logits"
@@ -301,8 +303,6 @@ class Request:
             message = f"{strategy.name} does not read {', '.join(unread)}"
             self.said.append(Notice(NoticeCode.UNUSED_INPUT, message))
         self.terms.check(strategy, self.max_items)
-        if self.items is not None:
-            self.items.check(strategy)
 
     def _check_shapes(self) -> dict[str, int]:
         """The size of every letter."""

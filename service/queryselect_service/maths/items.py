@@ -32,9 +32,13 @@ def aggregate_items(scores: Tensor, items: Tensor, size: int, how: str, top_k: i
     found = scores.new_empty(size)
     for some, rows in _blocks(stops, pool):
         block, lengths = scores[rows], counts[some]
+        if how == "MAX":
+            of_items = torch.segment_reduce(block, "max", lengths=lengths, unsafe=True)
+        else:
+            of_items = _sums(block, lengths)
         if how == "TOP_K_MEAN" and top_k is not None:
-            block, lengths = _highest(block, lengths, top_k), lengths.clamp(max=top_k)
-        of_items = torch.segment_reduce(block, "max" if how == "MAX" else "sum", lengths=lengths, unsafe=True)
+            _sum_highest(block, lengths, top_k, of_items, pool)
+            lengths = lengths.clamp(max=top_k)
         if how in ("MEAN", "TOP_K_MEAN"):
             of_items /= lengths.clamp(min=1)
         found[some] = torch.where(lengths > 0, of_items, 0.0)
@@ -48,12 +52,14 @@ def _together(scores: Tensor, items: Tensor, starts: Tensor, pool: Shards) -> Te
     starts: (I,), where those of an item begin; written.
     """
     found = torch.empty_like(scores)
+    narrow = torch.int32 if len(starts) < 1 << 31 else torch.int64  # sorted faster
     for span in pool.spans(len(items), SPAN_BYTES // BLOCK_ROWS):
-        mine, order = items[span].long().sort(stable=True)
+        mine, order = items[span].to(narrow).sort(stable=True)
         values, lengths = torch.unique_consecutive(mine, return_counts=True)
+        values = values.long()
         shift = starts[values] - (lengths.cumsum(0) - lengths)  # from a place in this span to that in `found`
         places = torch.arange(len(mine), device=mine.device) + shift.repeat_interleave(lengths)
-        found[places] = scores[span][order]
+        found.index_copy_(0, places, scores[span][order])
         starts[values] += lengths
     return found
 
@@ -73,11 +79,34 @@ def _blocks(stops: Tensor, pool: Shards) -> Iterator[tuple[slice, slice]]:
         item, row = last, end
 
 
-def _highest(scores: Tensor, lengths: Tensor, k: int) -> Tensor:
-    """The k highest of each item's scores, all where it has fewer, best first. lengths: of the items, in order."""
-    items = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)  # (n,)
-    best = scores.sort(descending=True).indices
-    order = best[items[best].sort(stable=True).indices]  # by item, and then by score
+def _sums(scores: Tensor, lengths: Tensor) -> Tensor:
+    """The sums (m,) of stretches of the scores (n,), one after the other, each added up in its order."""
+    return torch.segment_reduce(scores, "sum", lengths=lengths, unsafe=True)
+
+
+def _sum_highest(scores: Tensor, lengths: Tensor, k: int, sums: Tensor, pool: Shards) -> None:
+    """Puts the sum of its k highest scores in the place of every item's that has more than k.
+
+    scores: (n,), those of each item one after the other. lengths: (m,). sums: (m,), of all of them; written.
+    """
+    if len(lengths) == 1 and len(scores) > k:  # it may be long
+        sums.copy_(_sums(_highest(scores, k, pool), lengths.clamp(max=k)))
+        return
     starts = lengths.cumsum(0) - lengths
-    places = torch.arange(len(scores), device=scores.device) - starts[items]  # within the item
-    return scores[order[places < k]]
+    width, longest = k, int(lengths.max())
+    while width < longest:  # items of about the same length at a time, as rows of a matrix
+        some = ((lengths > width) & (lengths <= 2 * width)).nonzero().squeeze(1)
+        width *= 2
+        places = torch.arange(min(width, longest), device=scores.device)
+        within = (starts[some, None] + places).clamp_(max=len(scores) - 1)
+        theirs = torch.where(places < lengths[some, None], scores[within], -torch.inf)
+        sums[some] = _sums(theirs.topk(k).values.flatten(), torch.full_like(some, k))
+
+
+def _highest(scores: Tensor, k: int, pool: Shards) -> Tensor:
+    """The k highest scores, best first, or all; looked for a block at a time."""
+    best = scores[:0]
+    for span in pool.spans(len(scores), SPAN_BYTES // BLOCK_ROWS):
+        best = torch.cat([best, scores[span]])
+        best = best.topk(min(k, len(best))).values
+    return best
