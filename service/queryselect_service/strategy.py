@@ -178,6 +178,11 @@ class Strategy:
         return self.pointwise and not self.base_parameter
 
     @property
+    def serves_items(self) -> bool:
+        """Whether items of several rows can be chosen: where rows have scores of their own, or none is read."""
+        return self.pointwise or not any(each.role is None and each.shape.startswith("N") for each in self.inputs)
+
+    @property
     def summary(self) -> str:
         """The first line of the kernel's documentation."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
@@ -450,7 +455,8 @@ def select(
     """Runs a strategy on checked inputs.
 
     inputs: tensors by name, N rows each where their shape says N. candidates: (n,) bool. context: (l,) int64. scores:
-    (n,) float64, where the strategy scores rows one by one and they have been scored already. kinds: what samples are,
+    (n,) float64, where the strategy scores rows one by one and they have been scored already; then n may be the number
+    of items that they are scores of. kinds: what samples are,
     by input; probabilities where it does not say.
     Returns k picks, or fewer where the limits end the selection; the caller has checked that there are k candidates,
     and that the strategy can keep to the limits.

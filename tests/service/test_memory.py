@@ -18,6 +18,7 @@ import torch
 
 from queryselect_service import strategy as strategies
 from queryselect_service.checks import Array
+from queryselect_service.items import ItemAggregation, Items
 from queryselect_service.quotas import Quota
 from queryselect_service.shards import Whole
 from queryselect_service.spec import build
@@ -173,14 +174,55 @@ def estimate(case: Case) -> int:
     return strategy.memory(known, build(strategy.spec, dict(case.params))) + terms.memory(case.rows, case.k)
 
 
-def measured(case: Case) -> tuple[int, int]:
+@dataclass(frozen=True)
+class ItemsCase:
+    rows: int
+    items: int
+    how: str = "MEAN"
+    ascending: bool = True
+    dtype: str = "int64"
+
+
+ITEMS_CASES = [
+    ItemsCase(5_000_000, 200_000),
+    ItemsCase(5_000_000, 200_000, ascending=False),
+    ItemsCase(5_000_000, 5_000_000, "MAX", ascending=False, dtype="int32"),
+    ItemsCase(5_000_000, 200_000, "TOP_K_MEAN", ascending=False),
+    ItemsCase(2_000_000, 8_000_000, "SUM", ascending=False),
+]
+
+
+def items_of(case: ItemsCase) -> Items:
+    return Items(Array("pool.item_rows", getattr(torch, case.dtype), (case.rows,)), ItemAggregation(case.how), 3, 0)
+
+
+def measure_items(case: ItemsCase) -> tuple[int, int]:
+    """The same of putting rows' scores together to those of items."""
+    from benchmarks.machine import Usage
+
+    def run(rows: int, items: int) -> tuple[int, int]:
+        of = (torch.arange(rows) * items // rows).to(getattr(torch, case.dtype))
+        of = of if case.ascending else of.flip(0)
+        scores, each = torch.ones(rows, dtype=torch.float64), items_of(case)
+        each.occupied = torch.ones(items, dtype=torch.bool)
+        usage = Usage(os.getpid())
+        with torch.inference_mode():
+            each.aggregate(scores, of, Whole(items))
+        return scores.nbytes + of.nbytes, int(usage.peak * 1e6)
+
+    run(500, 50)
+    return run(case.rows, case.items)
+
+
+def measured(case: Case | ItemsCase, way: str = "measure") -> tuple[int, int]:
     """The same in a process of its own: memory that one case leaves behind is none of the next's."""
     code = (
-        "import json, sys; from tests.service.test_memory import Case, measure;"
-        "case = json.loads(sys.argv[1]); case['params'] = tuple(map(tuple, case['params']));"
-        "print(json.dumps(measure(Case(**case))))"
+        "import json, sys; from tests.service import test_memory as here;"
+        "kind, way, case = *sys.argv[1:3], json.loads(sys.argv[3]);"
+        "case |= {'params': tuple(map(tuple, case['params']))} if 'params' in case else {};"
+        "print(json.dumps(getattr(here, way)(getattr(here, kind)(**case))))"
     )
-    command = [sys.executable, "-c", code, json.dumps(asdict(case))]
+    command = [sys.executable, "-c", code, type(case).__name__, way, json.dumps(asdict(case))]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -197,6 +239,18 @@ def test_every_strategy_is_measured():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, asdict(case).values())))
 def test_an_estimate_is_never_too_low_and_at_most_twice_too_high(case):
     (inputs, peak), expected = measured(case), estimate(case)
+    said = f"inputs {inputs / 1e6:.0f} MB, beside them {peak / 1e6:.0f} MB, estimated {expected / 1e6:.0f} MB"
+    assert peak <= expected, said
+    assert inputs + expected <= 2 * (inputs + peak), said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("case", ITEMS_CASES, ids=lambda case: "-".join(map(str, asdict(case).values())))
+def test_the_estimate_for_items_is_never_too_low_and_at_most_twice_too_high(case):
+    """The scores of rows are among the inputs here."""
+    inputs, peak = measured(case, "measure_items")
+    expected = items_of(case).memory(case.rows, case.items)
     said = f"inputs {inputs / 1e6:.0f} MB, beside them {peak / 1e6:.0f} MB, estimated {expected / 1e6:.0f} MB"
     assert peak <= expected, said
     assert inputs + expected <= 2 * (inputs + peak), said
