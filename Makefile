@@ -27,6 +27,7 @@ help: ## What there is to make
 
 .venv/.bench: .venv/.python pyproject.toml constraints.txt
 	$(PIP) '.[bench]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check --no-deps baal batchbald-redux
 	@touch $@
 
 demo: .venv/.demo ## A real active-learning loop on real images, and demo/report.html

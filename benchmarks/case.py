@@ -35,7 +35,7 @@ from queryselect_service.spec import build
 from queryselect_service.strategy import Sizes
 
 OURS = "ours"
-LETTERS = ("N", "D", "S", "C", "L", "M", "k")
+LETTERS = ("N", "D", "S", "K", "C", "L", "M", "k")
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,8 @@ class Benchmark:
         """The bytes beside the inputs that the kernel says it takes at most."""
         strategy, inputs = strategies.STRATEGIES[self.strategy], problem.inputs.values()
         sizes = replace(case.known, entries=sum(x.numel() for x in inputs), inputs=sum(x.nbytes for x in inputs))
-        return strategy.memory(sizes, build(strategy.spec, self.params))
+        spec = build(strategy.spec, self.params)
+        return strategy.bound(spec, problem.inputs).memory(sizes, spec)
 
 
 def load(name: str) -> tuple[Benchmark, ...]:

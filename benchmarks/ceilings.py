@@ -1,8 +1,8 @@
 """What the machine can do at best, measured in the same run as what shall come near it.
 
 Every ceiling is a rate: bytes a second that are read (by a sum, by a matrix-vector product), flop a second of matrix
-products, exponentials a second, and bytes a second through the loopback. The best of a few tries: what disturbs makes
-slower, never faster.
+products, exponentials and logarithms a second, and bytes a second through the loopback. The best of a few tries: what
+disturbs makes slower, never faster.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.clock import timed
 from benchmarks.loopback import receiver, tcp
@@ -29,7 +30,8 @@ def measure(device: torch.device, *, quick: bool) -> dict[str, float]:
         "gemv f64": lambda: _gemv(size, torch.float64, device),
         "gemm f32": lambda: _gemm(side, torch.float32, device),
         "gemm f64": lambda: _gemm(side, torch.float64, device),
-        "exp": lambda: _exp(size // 8, device),
+        "exp": lambda: _function(torch.exp, size // 8, device),
+        "log": lambda: _function(torch.log, size // 8, device),
     }
     found = {}
     with Progress(len(ways) + 1, "ceilings") as progress:
@@ -61,11 +63,13 @@ def _gemm(side: int, dtype: torch.dtype, device: torch.device) -> tuple[float, C
     return 2.0 * side**3, lambda: torch.mm(a, b, out=out)
 
 
-def _exp(numbers: int, device: torch.device) -> tuple[float, Callable[[], object]]:
+def _function(
+    function: Callable[..., Tensor], numbers: int, device: torch.device
+) -> tuple[float, Callable[[], object]]:
     """In float64, as predictions are computed."""
-    x = torch.ones(numbers, dtype=torch.float64, device=device)
+    x = torch.full((numbers,), 0.7, dtype=torch.float64, device=device)
     out = torch.empty_like(x)
-    return numbers, lambda: torch.exp(x, out=out)
+    return numbers, lambda: function(x, out=out)
 
 
 def _loopback(size: int) -> float:

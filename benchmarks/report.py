@@ -11,7 +11,7 @@ COLUMNS = {"seconds": 11, "rounds": 8, "/ ours": 10, "picks": 14, "of ceiling": 
 
 def ceilings(found: Mapping[str, float]) -> str:
     """What the machine does at best."""
-    units = {"gemm f32": "Gflop/s", "gemm f64": "Gflop/s", "exp": "G/s"}
+    units = {"gemm f32": "Gflop/s", "gemm f64": "Gflop/s", "exp": "G/s", "log": "G/s"}
     rates = (f"{name} {rate / 1e9:.3g} {units.get(name, 'GB/s')}" for name, rate in found.items())
     return f"\nceilings: {', '.join(rates)}"
 

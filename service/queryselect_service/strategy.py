@@ -42,7 +42,9 @@ NO_KINDS: Kinds = types.MappingProxyType({})
 #: Rows that a pointwise strategy scores at once: block borders never depend on how the rows arrived.
 POINTWISE_ROWS = 4096
 #: Fewer where a row has so many entries that a block would have more than this: a block must not take long, nor much.
-POINTWISE_ENTRIES = 1 << 20
+#: 2 MB of float64, of which the allocator keeps a few; what is larger it gives back and gets anew, page by page, for
+#: every step of a formula, and that takes longer than the formula.
+POINTWISE_ENTRIES = 1 << 18
 #: Bytes that scores and their ranking take (Whole.top), per row and per pick: the scores, masks, the rows of equal
 #: scores; and what finding the k highest of a block takes.
 RANKING_BYTES, PICK_BYTES = 18, 64

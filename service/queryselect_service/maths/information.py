@@ -39,7 +39,8 @@ def mutual_information(samples: Tensor) -> Tensor:
     Between 0, exactly so where the samples agree, and min(ln C, ln K).
     """
     total = entropy(samples.mean(1))
-    expected = surprise(samples).sum(-1).mean(1)
+    nats = samples.clamp_min(torch.finfo(samples.dtype).tiny).log_().mul_(samples)  # p ln p
+    expected = nats.sum((1, -1)) / -samples.shape[1]
     most = math.log(min(samples.shape[1], samples.shape[-1]))
     return without_noise(total - expected, total).clamp(max=most)
 
@@ -54,5 +55,5 @@ def divergences(samples: Tensor) -> Tensor:
 
 def votes(samples: Tensor) -> Tensor:
     """How many of the K samples find each class likeliest, the first of equal ones: (n, ..., C) of (n, K, ..., C)."""
-    likeliest = samples.argmax(-1, keepdim=True)  # (n, K, ..., 1)
-    return torch.zeros_like(samples).scatter_(-1, likeliest, 1.0).sum(1)
+    likeliest = samples.argmax(-1).movedim(1, -1)  # (n, ..., K)
+    return torch.zeros_like(samples[:, 0]).scatter_add_(-1, likeliest, samples.new_ones(likeliest.shape))

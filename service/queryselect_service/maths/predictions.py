@@ -7,6 +7,9 @@ import enum
 import torch
 from torch import Tensor
 
+#: Exponents are cut off here, and likelihoods no larger than this are none.
+LEAST_EXPONENT, LEAST_LIKELIHOOD = -700.0, 1e-304
+
 
 def distributions(values: Tensor, *, logits: bool, multilabel: bool) -> Tensor:
     """Distributions from probabilities or logits of shape (n, C).
@@ -95,13 +98,14 @@ class Samples:
 
     def of(self, values: Tensor) -> Tensor:
         """The distributions of other values (..., C), sent as these were."""
+        own = values.dtype is not torch.float64  # a copy then, to be written to
         values = values.double()
         if self.multilabel:
             return _label_distributions(values, self.kind)
         if self.kind is SamplesKind.PROBABILITIES:
-            return values / values.sum(-1, keepdim=True)
+            return torch.div(values, values.sum(-1, keepdim=True), out=values if own else None)
         # By hand: over a last axis of a few classes torch's softmax takes several times as long.
-        likelihoods = values.sub(values.amax(-1, keepdim=True)).exp_()
+        likelihoods = _exponentials(values.sub(values.amax(-1, keepdim=True)))
         return likelihoods.div_(likelihoods.sum(-1, keepdim=True))
 
     def logarithms(self, rows: slice | Tensor) -> Tensor:
@@ -111,10 +115,19 @@ class Samples:
         return torch.log_softmax(self.values[rows].double(), dim=-1)
 
 
+def _exponentials(x: Tensor) -> Tensor:
+    """exp(x) in x's place, 0 where it is no more than 1e-304.
+
+    What is below that would soon be a denormal number, for which a processor takes ten times as long; to the library
+    that computes the exponential, so does everything that is below e^-708, 0 included.
+    """
+    return torch.threshold_(x.clamp_min_(LEAST_EXPONENT).exp_(), LEAST_LIKELIHOOD, 0.0)
+
+
 def _label_distributions(values: Tensor, kind: SamplesKind) -> Tensor:
     """Absent and present (..., L, 2) from what was sent of labels (..., L), float64; both keep their digits."""
     if kind is SamplesKind.LOGITS:
-        rare = values.abs().neg_().exp_()  # the odds of the less likely half
+        rare = _exponentials(values.abs().neg_())  # the odds of the less likely half
         halves = torch.stack([torch.where(values > 0, rare, 1.0), torch.where(values > 0, 1.0, rare)], dim=-1)
         return halves.div_(1 + rare[..., None])
     if kind is SamplesKind.LOG_PROBABILITIES:
