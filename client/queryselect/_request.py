@@ -27,6 +27,8 @@ ROW_LISTS = ("labeled", "pending", "excluded", "candidates")
 ALWAYS = (*ROW_LISTS, "costs", "item_rows")
 #: Tensors of the pool whose first dimension is not N.
 NOT_PER_ROW = ("head_weights", "head_bias", "labels", *ROW_LISTS)
+#: What stands in for another input only where nothing else does that is given, and then stays here.
+LAST = "samples"
 #: Arguments that are more than one field of the pool.
 APART = ("ids", "quotas", "groups", "max_per_group", "reference", "references")
 #: Words for the types of single values.
@@ -100,7 +102,7 @@ def prepare(
     """
     message = selection_pb2.SelectRequest(strategy=to_strategy(strategy, params))
     prepared = Prepared(message)
-    _add_inputs(prepared, inputs, descriptions.get(_name(message.strategy)))
+    _add_inputs(prepared, inputs, _description(message.strategy, descriptions))
     _fill(message.stop, stop, "stop.", {})
     options = {"task": task, "seed": seed, "validate_only": validate_only or None, "request_id": request_id}
     _fill(message, options, "", {})
@@ -114,7 +116,7 @@ def _add_inputs(
     """Adds what the strategy reads; keeps the ids here; says N where nothing else does."""
     message, wanted = prepared.message, None
     if description is not None:
-        wanted = {name for each in description.inputs for name in _choices(each)}
+        wanted = {name for each in description.inputs for name in _choices(each, inputs)}
     given: list[str] = []
     sizes: list[int] = []
     told, ids = False, inputs.get("ids")
@@ -244,9 +246,32 @@ def to_strategy(strategy: str | Message, params: Mapping[str, Any] | None = None
     return message
 
 
-def _choices(wanted: strategy_pb2.InputDescription) -> tuple[str, ...]:
-    """The inputs of which a strategy reads one."""
-    return (wanted.name, *wanted.alternatives)
+def _description(
+    strategy: strategy_pb2.Strategy, descriptions: Mapping[str, strategy_pb2.StrategyDescription]
+) -> strategy_pb2.StrategyDescription | None:
+    """What the server says of a strategy; where it builds on another one, with the inputs of that one."""
+    found = descriptions.get(_name(strategy))
+    if found is None or not found.base_parameter:
+        return found
+    chosen = getattr(strategy, _name(strategy))
+    (default,) = (each.default for each in found.parameters if each.name == found.base_parameter)
+    name = getattr(chosen, found.base_parameter) if chosen.HasField(found.base_parameter) else default
+    base = descriptions.get(name)
+    if base is None:  # the server says so
+        return None
+    merged = strategy_pb2.StrategyDescription()
+    merged.CopyFrom(found)
+    merged.inputs.extend(base.inputs)
+    merged.references.extend(base.references)
+    return merged
+
+
+def _choices(wanted: strategy_pb2.InputDescription, inputs: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """The inputs of which a strategy reads one; of `inputs`, those that it would read."""
+    first = (wanted.name, *(name for name in wanted.alternatives if name != LAST))
+    if LAST not in wanted.alternatives or any((inputs or {}).get(name) is not None for name in first):
+        return first
+    return (*first, LAST)
 
 
 def _check_required(

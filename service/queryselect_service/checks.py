@@ -28,6 +28,10 @@ MASSES = ("costs", "weights")
 BLOCK_ROWS = 4096
 #: How far probabilities may be from a sum of 1: in general, and in bfloat16.
 SUM_TOLERANCE, COARSE_SUM_TOLERANCE = 1e-3, 1e-2
+#: The same where logarithms were sent, whose rounding counts by their size: that of -10, say, at half precision.
+LOG_SUM_TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+#: The rules that samples of each kind are held to.
+SAMPLES_RULES = {"LOG_PROBABILITIES": "log_probabilities", "LOGITS": "logits"}
 
 
 @dataclass
@@ -183,7 +187,7 @@ def check_values(
         return
     name, parts = array.name, 1  # how many distributions a row has
     if name == "samples":
-        name, parts = "probabilities" if array.kind == "PROBABILITIES" else "logits", array.shape[1]
+        name, parts = SAMPLES_RULES.get(array.kind, "probabilities"), array.shape[1]
     flat = data.reshape(len(data) * parts, -1)
     step = max(1, BLOCK_ROWS // parts) * parts
     for start in range(0, len(flat), step):
@@ -209,12 +213,15 @@ def _surely_fine(name: str, block: Tensor, *, multilabel: bool) -> bool:
     if name == "logits":
         top = block.amax(1)
         return bool((top < torch.inf).all() and (multilabel or (top > -torch.inf).all()))
+    if name == "log_probabilities":
+        fine = bool(block.amax() <= 0)
+        return fine and (multilabel or bool((block.double().exp().sum(1) - 1).abs().max() <= SUM_TOLERANCE))
     if name == "probabilities":
         low, high = block.aminmax()
+        fine = bool(low >= 0) and bool(high <= 1 + SUM_TOLERANCE)
         if multilabel:
-            return bool(low >= 0) and bool(high <= 1)
-        sums = block.sum(1, dtype=torch.float64)
-        return bool(low >= 0) and bool((sums - 1).abs().max() <= SUM_TOLERANCE)
+            return fine and bool(high <= 1)
+        return fine and bool((block.sum(1, dtype=torch.float64) - 1).abs().max() <= SUM_TOLERANCE)
     if name in MASSES and not bool(block.amin() >= 0):
         return False
     return bool(block.sum(dtype=torch.float64 if block.dtype is torch.float64 else torch.float32).isfinite())
@@ -230,6 +237,9 @@ def _rules(name: str, block: Tensor, multilabel: bool) -> Iterator[Rule]:
         if not multilabel:
             yield "must have a class above -inf", block.amax(1) == -torch.inf, lambda _: "has none"
         return
+    if name == "log_probabilities":
+        yield from _log_rules(block, multilabel)
+        return
     yield _entries("must be finite", lambda x: ~x.isfinite(), block)
     if name in ("probabilities", *MASSES):
         yield _entries("must not be negative", lambda x: x < 0, block)
@@ -240,6 +250,17 @@ def _rules(name: str, block: Tensor, multilabel: bool) -> Iterator[Rule]:
         else:
             off = (block.sum(1, dtype=torch.float64) - 1).abs() > tolerance
             yield f"must sum to 1 within {tolerance}", off, lambda row: f"sums to {row.double().sum():.6g}"
+
+
+def _log_rules(block: Tensor, multilabel: bool) -> Iterator[Rule]:
+    yield _entries("must not be NaN or +inf", lambda x: ~(x < torch.inf), block)
+    tolerance = LOG_SUM_TOLERANCES.get(block.dtype, SUM_TOLERANCE)
+    if multilabel:
+        yield _entries("must be logarithms of at most 0", lambda x: x > tolerance, block)
+        return
+    sums = block.double().exp().sum(1)
+    need = f"must be logarithms of probabilities that sum to 1 within {tolerance}"
+    yield need, ~((sums - 1).abs() <= tolerance), lambda row: f"has a sum of {row.double().exp().sum():.6g}"
 
 
 def _entries(need: str, breaks: Callable[[Tensor], Tensor], block: Tensor) -> Rule:

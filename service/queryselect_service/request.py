@@ -90,11 +90,13 @@ class Request:
         self._check_names()
         self.letters = self._check_shapes()
         self._check_types()
-        try:
-            self.spec.check_sizes(self.letters)
-        except InvalidInput as error:
-            raise error.of(self.strategy.name, self.path) from None
-        self.spec.check_inputs({name: x.shape for name, x in self._named() if self.strategy.reads(name)}, self.returns)
+        read = {name: x.shape for name, x in self._named() if self.strategy.reads(name)}
+        for spec in self.strategy.specs(self.spec):
+            try:
+                spec.check_sizes(self.letters)
+            except InvalidInput as error:
+                raise error.of(self.strategy.name, self.path) from None
+            spec.check_inputs(read, self.returns)
         self.check_rows()
         for array in self.read:
             if array.data is not None:
@@ -210,9 +212,9 @@ class Request:
             yield from reference.named()
 
     @property
-    def samples_kind(self) -> SamplesKind:
-        """What the pool's samples are."""
-        return SamplesKind(self.inputs["samples"].kind) if "samples" in self.inputs else SamplesKind.PROBABILITIES
+    def kinds(self) -> dict[str, SamplesKind]:
+        """What samples are, of the pool and of reference sets."""
+        return {name: SamplesKind(array.kind) for name, array in self._named() if array.kind}
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -304,7 +306,9 @@ class Request:
         if len(self.references) > 1:  # those of one role become one tensor
             extra += sum(array.nbytes for each in self.references for array in each.inputs.values())
         if "excluded" in self.row_lists and not self.strategy.pointwise:
-            extra += self.sizes.inputs + 16 * self.size + self.terms.nbytes(self.size)
+            extra += self.sizes.inputs
+        if "excluded" in self.row_lists:
+            extra += 24 * self.size + self.terms.nbytes(self.size)
         return extra + self.terms.nbytes(self.size)
 
     @property
@@ -352,24 +356,25 @@ class Request:
 
         check: called between stretches of work; may raise. scores: (N,), where rows were scored already.
 
-        Excluded rows are gone, but for strategies that score rows one by one: there they are merely no candidates, so
-        that the blocks of rows that are scored together are the same however the rows came.
+        Excluded rows are gone. Strategies that score rows one by one score them all the same, so that the blocks of
+        rows that are scored together do not depend on how the rows came, and then lose those scores.
         """
         inputs = self.tensors()
         kept: Tensor | None = None
         rows, size = dict(self.rows), self.size
-        if len(rows.get("excluded", ())) and not self.strategy.pointwise:
+        if len(rows.get("excluded", ())):
             keep = torch.ones(size, dtype=torch.bool)
             keep[rows.pop("excluded")] = False
             kept = keep.nonzero().squeeze(1)
             new = keep.cumsum(0) - 1  # (N,), the row's number among those kept
             rows = {name: new[each] for name, each in rows.items()}
-            rowwise = strategies.per_row(self.strategy, inputs)
-            inputs = {name: _take(x, kept, check) if name in rowwise else x for name, x in inputs.items()}
+            if not self.strategy.pointwise:
+                rowwise = strategies.per_row(self.strategy, inputs)
+                inputs = {name: _take(x, kept, check) if name in rowwise else x for name, x in inputs.items()}
             size = len(kept)
         context = torch.cat([torch.empty(0, dtype=torch.int64), *(rows[name] for name in CONTEXT if name in rows)])
         candidates = torch.ones(size, dtype=torch.bool)
-        for name in (*CONTEXT, "excluded"):
+        for name in CONTEXT:
             candidates[rows.get(name, context[:0])] = False
         if "candidates" in rows:
             candidates = torch.zeros(size, dtype=torch.bool)
@@ -390,8 +395,9 @@ def _take(x: Tensor, rows: Tensor, check: Callable[[], None]) -> Tensor:
 class Problem:
     """A request without its excluded rows, ready for a kernel.
 
-    candidates: (n,) bool. context: (l,) rows. limits: what is asked of the picks together. kept: (n,) the request's row
-    of each row here, None where all are. scores: (n,) of a pointwise strategy whose rows were scored as they came.
+    inputs: without excluded rows too, but for strategies that score rows one by one. candidates: (n,) bool. context:
+    (l,) rows. limits: what is asked of the picks together. kept: (n,) the request's row of each row here, None where
+    all are. scores: (N,) of a pointwise strategy whose rows were scored as they came, excluded ones too.
     """
 
     request: Request
@@ -420,6 +426,7 @@ class Problem:
             found = strategies.select(
                 request.strategy,
                 self.inputs,
+                scores=self._scores(pool),
                 k=request.max_items or 0,
                 pool=pool,
                 candidates=self.candidates,
@@ -428,8 +435,7 @@ class Problem:
                 task=request.task,
                 seed=request.seed,
                 limits=self.limits,
-                scores=self.scores,
-                samples_kind=request.samples_kind,
+                kinds=request.kinds,
             )
         except InvalidInput as error:  # of a parameter, whose place in the request a kernel does not know
             if error.field.startswith(("pool.", "references")):
@@ -459,6 +465,16 @@ class Problem:
             pseudo_labels=None if labels is None else lambda: (labels, ()),
             notices=(*request.notices, *notices),
         )
+
+    def _scores(self, pool: Shards) -> Tensor | None:
+        """The scores (n,) of the rows here where rows are scored one by one, in blocks of all rows of the request."""
+        request = self.request
+        if not request.strategy.pointwise:
+            return None
+        scores = self.scores
+        if scores is None:
+            scores = strategies.score(request.strategy, self.inputs, request.spec, request.task, pool, request.kinds)
+        return scores if self.kept is None else scores[self.kept.to(scores.device)]
 
     def _spread(self, values: Tensor, missing: float) -> Tensor:
         """Values (n,) of the rows here for all rows of the request, (N,)."""

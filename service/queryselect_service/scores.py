@@ -68,6 +68,8 @@ class Scores:
             call.check()
             parts = {name: x[block.rows] if name in rowwise else x for name, x in here.items()}
             inputs = {name: self._place.move(x) for name, x in {**block.tensors, **parts}.items()}
-            self.values[block.rows] = score_block(request.strategy, inputs, request.spec, request.task)
+            self.values[block.rows] = score_block(
+                request.strategy, inputs, request.spec, request.task, request.kinds, call.check
+            )
         self._place.times.kernel += time.monotonic() - started
         return blocks

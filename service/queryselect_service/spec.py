@@ -86,6 +86,24 @@ class LabelScore(Spec):
             raise InvalidInput(f"top_k must be at most C = {labels}; it is {self.top_k}", field="top_k")
 
 
+@dataclass(frozen=True)
+class SummedLabelScore(LabelScore):
+    """The same for scores that are information, in nats: that of labels that are independent adds up."""
+
+    label_aggregation: LabelAggregation = parameter(
+        LabelAggregation.SUM, "How label scores become the row's score, in a multi-label task"
+    )
+
+
+def check_samples(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InvalidInput where the pool's samples are one alone, which disagrees with nobody. shapes: by input."""
+    shape = shapes.get("samples")
+    if shape is not None and shape[1] < 2:
+        text = " ".join(map(str, shape))
+        words = f"with K at least 2, since one sample disagrees with nobody; it has ({text})"
+        raise InvalidInput(f"pool.samples needs shape (N K C) {words}", field="pool.samples")
+
+
 class RidgeScale(enum.StrEnum):
     """What a ridge is measured in."""
 

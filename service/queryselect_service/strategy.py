@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
@@ -24,16 +25,20 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice, Limits
+from queryselect_service.errors import InvalidInput
 from queryselect_service.maths.descriptors import scales_of
 from queryselect_service.maths.labels import aggregate_labels
 from queryselect_service.maths.predictions import Predictions, Samples, SamplesKind, distributions
 from queryselect_service.selection import Notice, NoticeCode, ScoreKind, Selection, StopReason
-from queryselect_service.shards import Shards
+from queryselect_service.shards import Shards, Whole
 from queryselect_service.spec import LabelScore, Spec
 
 #: What kernels need of a selection, to be found here too.
 __all__ = ["Choice", "Limits", "Notice", "NoticeCode", "ScoreKind", "Selection", "StopReason"]
 
+#: What samples are, by the name that kernels have for the input.
+Kinds = Mapping[str, SamplesKind]
+NO_KINDS: Kinds = types.MappingProxyType({})
 #: Rows that a pointwise strategy scores at once: block borders never depend on how the rows arrived.
 POINTWISE_ROWS = 4096
 #: Fewer where a row has so many entries that a block would have more than this: a block must not take long, nor much.
@@ -44,6 +49,8 @@ RANKING_BYTES, PICK_BYTES = 18, 64
 
 #: Inputs that may stand in for another; the service derives the one from the other.
 ALTERNATIVES = {"probabilities": ("logits",), "scales": ("embeddings",)}
+#: What an annotation adds where samples may stand in for probabilities, by their mean.
+OR_SAMPLES = "samples"
 
 
 class Task(enum.StrEnum):
@@ -71,7 +78,8 @@ class ReferenceRole(enum.StrEnum):
 class Input:
     """An input of a kernel: the name of its parameter and its dimensions, such as "N D".
 
-    role: that of the reference sets that it is read from; None: it is the pool's own.
+    role: that of the reference sets that it is read from; None: it is the pool's own. last: a field that stands in for
+    it where neither its own nor those of ALTERNATIVES are given.
     """
 
     name: str
@@ -79,6 +87,7 @@ class Input:
     required: bool
     kind: Any = Tensor  # what it is annotated as: Predictions and Samples are made where the kernel reads them
     role: ReferenceRole | None = None
+    last: str = ""
 
     @property
     def field(self) -> str:
@@ -88,7 +97,7 @@ class Input:
     @property
     def alternatives(self) -> tuple[str, ...]:
         """The fields that may stand in for this one."""
-        return ALTERNATIVES.get(self.field, ())
+        return ALTERNATIVES.get(self.field, ()) + ((self.last,) if self.last else ())
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -155,6 +164,8 @@ class Strategy:
     work: Callable[[Sizes], float]
     citation: str
     custom: bool = False
+    base_parameter: str = ""  # of a strategy on the scores of another: the parameter that names that one
+    base: Strategy | None = None  # and that one, once it is known
 
     @property
     def limitable(self) -> bool:
@@ -175,6 +186,33 @@ class Strategy:
         """The roles of the reference sets that it reads."""
         return list(dict.fromkeys(each.role for each in self.inputs if each.role is not None))
 
+    def bound(self, spec: Spec, given: Iterable[str]) -> Strategy:
+        """The same for one request: with what it reads by its parameters, and of the inputs that are given.
+
+        given: names of the pool's inputs. Raises InvalidInput where the strategy it builds on is none of those it can.
+        """
+        base_strategy, inputs = self.base, self.inputs
+        changed: dict[str, Any] = {}
+        if self.base_parameter and base_strategy is None:
+            base_strategy = _base(self, getattr(spec, self.base_parameter))
+            inputs = base_strategy.inputs
+            changed = {
+                "base": base_strategy,
+                "tasks": base_strategy.tasks,
+                "work": base_strategy.work,
+                "memory": partial(_memory_on_scores, self.memory, base_strategy),
+            }
+        has = {base(name) for name in given}
+        inputs = tuple(
+            dataclasses.replace(each, last="") if each.last and has.intersection({*each.fields} - {each.last}) else each
+            for each in inputs
+        )
+        return dataclasses.replace(self, inputs=inputs, **changed)
+
+    def specs(self, spec: Spec) -> tuple[Spec, ...]:
+        """The parameters given, and those that a strategy it builds on has: its defaults."""
+        return (spec,) if self.base is None else (spec, self.base.spec())
+
     def reads(self, name: str) -> bool:
         """Whether the input `name`, of the pool or with its role before it, is of use to this strategy."""
         return any(base(name) in each.names for each in self.inputs)
@@ -187,6 +225,20 @@ def base(name: str) -> str:
 
 STRATEGIES: dict[str, Strategy] = {}
 PLUGINS: dict[str, Strategy] = {}
+
+
+def _base(strategy: Strategy, name: str) -> Strategy:
+    """The strategy whose scores another one builds on."""
+    known = {each.name: each for each in STRATEGIES.values() if each.pointwise and not each.base_parameter}
+    if name not in known:
+        words = f"{strategy.base_parameter} must be one of {', '.join(sorted(known))}; it is {name!r}"
+        raise InvalidInput(words, field=strategy.base_parameter)
+    return known[name]
+
+
+def _memory_on_scores(own: Callable[[Sizes, Any], int], other: Strategy, sizes: Sizes, spec: Spec) -> int:
+    """What making the scores takes, and what comes after."""
+    return max(other.memory(sizes, other.spec()), own(sizes, spec))
 
 
 def strategy(
@@ -202,6 +254,7 @@ def strategy(
     pseudo_labels: bool = False,
     seeded: bool = False,
     pointwise: bool = False,
+    base_parameter: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated kernel under its own name.
 
@@ -249,6 +302,7 @@ def strategy(
             work=work,
             citation=citation,
             custom=not own,
+            base_parameter=base_parameter,
         )
         return function
 
@@ -261,32 +315,67 @@ def pointwise(
     cost: str,
     citation: str,
     copies: int = 7,
+    memory: Callable[[Sizes, Any], int] | None = None,
+    work: Callable[[Sizes], float] | None = None,
     tasks: tuple[Task, ...] = (Task.MULTICLASS, Task.MULTILABEL),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a kernel that scores each row by itself: inputs of a block of rows in, scores out, float64.
 
     `probabilities` come as float64 distributions over the last axis: (n, C) classes or, in a multi-label task,
-    (n, L, 2) for label absent and present. The kernel reduces the last axis; scores (n, L) are then aggregated over
-    labels where the Spec is a LabelScore. Inputs without an N in their shape come whole. `spec` comes if asked for.
+    (n, L, 2) for label absent and present. `samples` are the same with an axis of K after the rows. The kernel reduces
+    the last axis; scores (n, L) are then aggregated over labels where the Spec is a LabelScore. Inputs without an N in
+    their shape come whole. `spec` and `task` come if asked for, and `pool`, which knows the rows of the block alone,
+    for what takes longer than 100 ms a block.
 
     copies: how many float64 copies of a block may take memory at once: those alive, and what the allocator keeps.
+    memory: of what does not depend on the block alone, in place of copies. work: as in `strategy`.
     """
 
-    def memory(sizes: Sizes, _: Spec) -> int:
+    def of_blocks(sizes: Sizes, _: Spec) -> int:
         entries = max(1, sizes.entries // max(1, sizes.N))  # of a row
         block = block_rows(entries) * entries
         block = min(block, sizes.N * entries) * (2 if sizes.multilabel else 1)
-        return 8 * copies * block + RANKING_BYTES * sizes.N + PICK_BYTES * sizes.k
+        return 8 * copies * block
 
+    blocks = memory or of_blocks
+    return strategy(
+        spec,
+        kind=ScoreKind.POINT,
+        cost=cost,
+        citation=citation,
+        memory=lambda sizes, spec: blocks(sizes, spec) + RANKING_BYTES * sizes.N + PICK_BYTES * sizes.k,
+        work=work or (lambda sizes: 10.0 * sizes.entries),
+        tasks=tasks,
+        pointwise=True,
+    )
+
+
+def on_scores(
+    spec: type[Spec],
+    *,
+    base_parameter: str,
+    cost: str,
+    citation: str,
+    memory: Callable[[Sizes, Any], int],
+    seeded: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a kernel that changes the scores of a pointwise strategy before the highest are chosen.
+
+    It takes the scores (n,) float64 of all rows here and, if asked for, spec, choice, seed and pool; it returns scores
+    (n,). Which strategy makes the scores is what the parameter `base_parameter` says, a name; that one's parameters
+    have their defaults, and its inputs are read.
+
+    memory: what it holds beside the scores.
+    """
     return strategy(
         spec,
         kind=ScoreKind.POINT,
         cost=cost,
         citation=citation,
         memory=memory,
-        work=lambda sizes: 10.0 * sizes.entries,
-        tasks=tasks,
+        seeded=seeded,
         pointwise=True,
+        base_parameter=base_parameter,
     )
 
 
@@ -303,9 +392,9 @@ def _inputs(function: Callable[..., Any]) -> tuple[Input, ...]:
         options = get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
         for option in options:
             if typing.get_origin(option) is Annotated:
-                kind, shape = get_args(option)
+                kind, shape, *last = get_args(option)
                 required = value.default is inspect.Parameter.empty
-                found.append(Input(name, shape, required, kind, _role(name, shape)))
+                found.append(Input(name, shape, required, kind, _role(name, shape), *last))
     return tuple(found)
 
 
@@ -346,21 +435,26 @@ def select(
     seed: int = 0,
     limits: Limits | None = None,
     scores: Tensor | None = None,
-    samples_kind: SamplesKind = SamplesKind.PROBABILITIES,
+    kinds: Kinds = NO_KINDS,
 ) -> Selection:
     """Runs a strategy on checked inputs.
 
     inputs: tensors by name, N rows each where their shape says N. candidates: (n,) bool. context: (l,) int64. scores:
-    (n,) float64, where the strategy scores rows one by one and they have been scored already.
+    (n,) float64, where the strategy scores rows one by one and they have been scored already. kinds: what samples are,
+    by input; probabilities where it does not say.
     Returns k picks, or fewer where the limits end the selection; the caller has checked that there are k candidates,
     and that the strategy can keep to the limits.
     """
     spec, choice = spec or strategy.spec(), Choice(k, candidates, pool, limits)
+    strategy = strategy.bound(spec, inputs)
     if strategy.pointwise:
         if scores is None:
-            scores = _score(strategy, inputs, spec, task, pool)
+            scores = score(strategy, inputs, spec, task, pool, kinds)
+        if strategy.base is not None:
+            offered = {"spec": spec, "choice": choice, "seed": seed, "pool": pool}
+            scores = strategy.function(scores, **_wanted(strategy, offered))
         return _limited(rank(scores, choice), choice)
-    ready = _resolved(strategy, inputs, task, samples_kind)
+    ready = _resolved(strategy, inputs, task, kinds)
     for each in strategy.inputs:
         x = ready.get(each.name)
         if each.field == "probabilities" and task is Task.MULTILABEL and isinstance(x, Tensor):
@@ -392,7 +486,7 @@ def _resolved(
     strategy: Strategy,
     inputs: Mapping[str, Tensor],
     task: Task,
-    samples_kind: SamplesKind = SamplesKind.PROBABILITIES,
+    kinds: Kinds = NO_KINDS,
 ) -> dict[str, Any]:
     """The inputs by the names that the kernel declares, with `probabilities` as distributions over the last axis."""
     ready: dict[str, Any] = {}
@@ -404,13 +498,21 @@ def _resolved(
             continue
         for name in wanted.names:
             if name in inputs:
-                ready[wanted.name] = inputs[name]
-                if wanted.field == "probabilities":
-                    made, logits = Predictions if wanted.kind is Predictions else distributions, name != wanted.name
-                    ready[wanted.name] = made(inputs[name], logits=logits, multilabel=task is Task.MULTILABEL)
-                elif wanted.field == "samples":
-                    ready[wanted.name] = Samples(inputs[name], samples_kind)
+                ready[wanted.name] = _made(wanted, name, inputs[name], kinds, multilabel=task is Task.MULTILABEL)
     return ready
+
+
+def _made(wanted: Input, name: str, x: Tensor, kinds: Kinds, *, multilabel: bool) -> Any:
+    """What an input is for the kernel, made of `x`, its own or what stands in for it."""
+    if base(name).endswith("samples"):
+        samples = Samples(x, kinds.get(name, SamplesKind.PROBABILITIES), multilabel=multilabel)
+        if wanted.kind is Samples:
+            return samples
+        return samples[:].mean(1) if wanted.field == "probabilities" else samples[:]
+    if wanted.field == "probabilities":
+        made = Predictions if wanted.kind is Predictions else distributions
+        return made(x, logits=name != wanted.name, multilabel=multilabel)
+    return x
 
 
 def rank(scores: Tensor, choice: Choice) -> Selection:
@@ -425,8 +527,10 @@ def per_row(strategy: Strategy, names: Iterable[str]) -> list[str]:
     return [name for name in names if shapes[base(name)].startswith("N")]
 
 
-def _score(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task, pool: Shards) -> Tensor:
-    """Every row's score (n,), in fixed blocks."""
+def score(
+    strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task, pool: Shards, kinds: Kinds = NO_KINDS
+) -> Tensor:
+    """Every row's score (n,) under a pointwise strategy, in fixed blocks."""
     rowwise = per_row(strategy, inputs)
     n, device = len(inputs[rowwise[0]]), inputs[rowwise[0]].device
     step = block_rows(max(inputs[name][:1].numel() for name in rowwise))
@@ -435,15 +539,25 @@ def _score(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: T
         pool.progress(start, n)
         rows = slice(start, start + step)
         block = {name: x[rows] if name in rowwise else x for name, x in inputs.items()}
-        scores[rows] = score_block(strategy, block, spec, task)
+        scores[rows] = score_block(strategy, block, spec, task, kinds, pool.check)
     return scores
 
 
-def score_block(strategy: Strategy, inputs: Mapping[str, Tensor], spec: Spec, task: Task) -> Tensor:
-    """The scores (n,) of a block of rows under a pointwise strategy."""
-    ready = _resolved(strategy, inputs, task)
-    block = {name: x.double() if x.is_floating_point() else x for name, x in ready.items()}
-    scores: Tensor = strategy.function(**block, **_wanted(strategy, {"spec": spec, "task": task}))
+def score_block(
+    strategy: Strategy,
+    inputs: Mapping[str, Tensor],
+    spec: Spec,
+    task: Task,
+    kinds: Kinds = NO_KINDS,
+    check: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """The scores (n,) of a block of rows under a pointwise strategy. check: what its `pool` calls; may raise."""
+    strategy, spec = strategy.base or strategy, strategy.specs(spec)[-1]
+    ready = _resolved(strategy, inputs, task, kinds)
+    block = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in ready.items()}
+    rows = len(next(block[each.name] for each in strategy.inputs if each.shape.startswith("N") and each.name in block))
+    offered = {"spec": spec, "task": task, "pool": Whole(rows, check)}
+    scores: Tensor = strategy.function(**block, **_wanted(strategy, offered))
     if scores.dim() == 2 and isinstance(spec, LabelScore):  # (n, L)
         scores = aggregate_labels(scores, spec.label_aggregation, spec.top_k)
     return scores

@@ -94,6 +94,10 @@ def decode(message: selection_pb2.SelectRequest, buffers: Buffers | None, settin
     )
     strategy, spec, path = decode_strategy(message.strategy)
     pool = message.pool
+    try:
+        strategy = strategy.bound(spec, (field.name for field, _ in pool.ListFields()))
+    except InvalidInput as error:
+        raise error.of(strategy.name, path) from None
     if len(message.references) > settings.max_references:
         raise OverLimit(
             "reference sets",
@@ -356,6 +360,7 @@ def describe(strategy: Strategy) -> strategy_pb2.StrategyDescription:
         score_kind=_score_kind(strategy.score_kind),
         citation=strategy.citation,
         custom=strategy.custom,
+        base_parameter=strategy.base_parameter or None,
     )
 
 

@@ -101,7 +101,7 @@ INVALID = [
     ("missing input", request(FAR, embeddings=None, probabilities=tensor(P)), "pool.embeddings",
      "k_center_greedy needs pool.embeddings of shape (N D); the request has probabilities (10 4)"),
     ("missing input with an alternative", request(MARGIN, probabilities=None, embeddings=tensor(X)), "pool.probabilities",
-     "margin needs pool.probabilities or pool.logits of shape (N C); the request has embeddings (10 3)"),
+     "margin needs pool.probabilities or pool.logits or pool.samples of shape (N C); the request has embeddings (10 3)"),
     ("both of two", request(logits=tensor(P)), "pool.logits", "exactly one of probabilities and logits"),
     ("wrong number of dimensions", request(probabilities=tensor(P[0])), "pool.probabilities",
      "pool.probabilities needs shape (N C); it has (4)"),

@@ -10,6 +10,7 @@ import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import queryselect.strategies.v1.baseline_pb2
+import queryselect.strategies.v1.bayesian_pb2
 import queryselect.strategies.v1.fisher_pb2
 import queryselect.strategies.v1.plugin_pb2
 import queryselect.strategies.v1.representation_pb2
@@ -148,6 +149,16 @@ class Strategy(google.protobuf.message.Message):
     BAIT_DIAGONAL_FIELD_NUMBER: builtins.int
     EXPECTED_GRADIENT_LENGTH_FIELD_NUMBER: builtins.int
     FISHER_KERNEL_FIELD_NUMBER: builtins.int
+    VARIATION_RATIO_FIELD_NUMBER: builtins.int
+    MEAN_STD_FIELD_NUMBER: builtins.int
+    PREDICTIVE_ENTROPY_FIELD_NUMBER: builtins.int
+    BALD_FIELD_NUMBER: builtins.int
+    POWER_BALD_FIELD_NUMBER: builtins.int
+    BATCH_BALD_FIELD_NUMBER: builtins.int
+    VOTE_ENTROPY_FIELD_NUMBER: builtins.int
+    CONSENSUS_KL_FIELD_NUMBER: builtins.int
+    MAX_DISAGREEMENT_FIELD_NUMBER: builtins.int
+    EPIG_FIELD_NUMBER: builtins.int
     CUSTOM_FIELD_NUMBER: builtins.int
     @property
     def random(self) -> queryselect.strategies.v1.baseline_pb2.Random:
@@ -190,6 +201,46 @@ class Strategy(google.protobuf.message.Message):
         """The Fisher kernel of a held-out set."""
 
     @property
+    def variation_ratio(self) -> queryselect.strategies.v1.bayesian_pb2.VariationRatio:
+        """The share of parameter samples that vote against the majority."""
+
+    @property
+    def mean_std(self) -> queryselect.strategies.v1.bayesian_pb2.MeanStd:
+        """The standard deviation of probabilities over parameter samples."""
+
+    @property
+    def predictive_entropy(self) -> queryselect.strategies.v1.bayesian_pb2.PredictiveEntropy:
+        """The entropy of the mean over parameter samples."""
+
+    @property
+    def bald(self) -> queryselect.strategies.v1.bayesian_pb2.Bald:
+        """BALD, the information about the parameters in a row's label."""
+
+    @property
+    def power_bald(self) -> queryselect.strategies.v1.bayesian_pb2.PowerBald:
+        """Another strategy's scores, perturbed."""
+
+    @property
+    def batch_bald(self) -> queryselect.strategies.v1.bayesian_pb2.BatchBald:
+        """BatchBALD, the information about the parameters in a batch's labels."""
+
+    @property
+    def vote_entropy(self) -> queryselect.strategies.v1.bayesian_pb2.VoteEntropy:
+        """The entropy of a committee's votes."""
+
+    @property
+    def consensus_kl(self) -> queryselect.strategies.v1.bayesian_pb2.ConsensusKl:
+        """The mean divergence of a committee from its consensus."""
+
+    @property
+    def max_disagreement(self) -> queryselect.strategies.v1.bayesian_pb2.MaxDisagreement:
+        """The largest divergence of a committee's member from its consensus."""
+
+    @property
+    def epig(self) -> queryselect.strategies.v1.bayesian_pb2.Epig:
+        """EPIG, the information about target rows' predictions in a row's label."""
+
+    @property
     def custom(self) -> queryselect.strategies.v1.plugin_pb2.Custom:
         """A strategy that the operator installed."""
 
@@ -206,11 +257,21 @@ class Strategy(google.protobuf.message.Message):
         bait_diagonal: queryselect.strategies.v1.fisher_pb2.BaitDiagonal | None = ...,
         expected_gradient_length: queryselect.strategies.v1.fisher_pb2.ExpectedGradientLength | None = ...,
         fisher_kernel: queryselect.strategies.v1.fisher_pb2.FisherKernel | None = ...,
+        variation_ratio: queryselect.strategies.v1.bayesian_pb2.VariationRatio | None = ...,
+        mean_std: queryselect.strategies.v1.bayesian_pb2.MeanStd | None = ...,
+        predictive_entropy: queryselect.strategies.v1.bayesian_pb2.PredictiveEntropy | None = ...,
+        bald: queryselect.strategies.v1.bayesian_pb2.Bald | None = ...,
+        power_bald: queryselect.strategies.v1.bayesian_pb2.PowerBald | None = ...,
+        batch_bald: queryselect.strategies.v1.bayesian_pb2.BatchBald | None = ...,
+        vote_entropy: queryselect.strategies.v1.bayesian_pb2.VoteEntropy | None = ...,
+        consensus_kl: queryselect.strategies.v1.bayesian_pb2.ConsensusKl | None = ...,
+        max_disagreement: queryselect.strategies.v1.bayesian_pb2.MaxDisagreement | None = ...,
+        epig: queryselect.strategies.v1.bayesian_pb2.Epig | None = ...,
         custom: queryselect.strategies.v1.plugin_pb2.Custom | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "custom", b"custom", "entropy", b"entropy", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "random", b"random"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "custom", b"custom", "entropy", b"entropy", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "random", b"random"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "bait", "bait_binary", "bait_diagonal", "expected_gradient_length", "fisher_kernel", "custom"] | None: ...
+    def HasField(self, field_name: typing.Literal["bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "random", b"random", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "random", b"random", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "bait", "bait_binary", "bait_diagonal", "expected_gradient_length", "fisher_kernel", "variation_ratio", "mean_std", "predictive_entropy", "bald", "power_bald", "batch_bald", "vote_entropy", "consensus_kl", "max_disagreement", "epig", "custom"] | None: ...
 
 global___Strategy = Strategy
 
@@ -265,6 +326,7 @@ class StrategyDescription(google.protobuf.message.Message):
     CUSTOM_FIELD_NUMBER: builtins.int
     REFERENCES_FIELD_NUMBER: builtins.int
     PSEUDO_LABELS_FIELD_NUMBER: builtins.int
+    BASE_PARAMETER_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The canonical name; for a plug-in, the name to put in Custom."""
     summary: builtins.str
@@ -283,6 +345,8 @@ class StrategyDescription(google.protobuf.message.Message):
     """Whether it is a plug-in, reached by Custom."""
     pseudo_labels: builtins.bool
     """Whether PSEUDO_LABELS can be asked for."""
+    base_parameter: builtins.str
+    """The parameter that names another strategy, whose scores this one builds on and whose inputs it reads; unset: none."""
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___InputDescription]:
         """The pool's inputs that it reads."""
@@ -315,9 +379,12 @@ class StrategyDescription(google.protobuf.message.Message):
         custom: builtins.bool | None = ...,
         references: collections.abc.Iterable[global___ReferenceDescription] | None = ...,
         pseudo_labels: builtins.bool | None = ...,
+        base_parameter: builtins.str | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_pseudo_labels", b"_pseudo_labels", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "citation", b"citation", "cost", b"cost", "custom", b"custom", "name", b"name", "pool_scores", b"pool_scores", "pseudo_labels", b"pseudo_labels", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_pseudo_labels", b"_pseudo_labels", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "citation", b"citation", "cost", b"cost", "custom", b"custom", "inputs", b"inputs", "name", b"name", "parameters", b"parameters", "pool_scores", b"pool_scores", "pseudo_labels", b"pseudo_labels", "references", b"references", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary", "tasks", b"tasks"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_base_parameter", b"_base_parameter", "_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_pseudo_labels", b"_pseudo_labels", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "base_parameter", b"base_parameter", "citation", b"citation", "cost", b"cost", "custom", b"custom", "name", b"name", "pool_scores", b"pool_scores", "pseudo_labels", b"pseudo_labels", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_base_parameter", b"_base_parameter", "_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_pseudo_labels", b"_pseudo_labels", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "base_parameter", b"base_parameter", "citation", b"citation", "cost", b"cost", "custom", b"custom", "inputs", b"inputs", "name", b"name", "parameters", b"parameters", "pool_scores", b"pool_scores", "pseudo_labels", b"pseudo_labels", "references", b"references", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary", "tasks", b"tasks"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_base_parameter", b"_base_parameter"]) -> typing.Literal["base_parameter"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_citation", b"_citation"]) -> typing.Literal["citation"] | None: ...
     @typing.overload

@@ -75,26 +75,53 @@ class SamplesKind(enum.StrEnum):
 class Samples:
     """Predictions of all rows under K parameter samples, made of what the caller sent where they are read.
 
-    Indexed by rows they are float64 distributions over the last axis, (r, K, C).
+    Indexed by rows they are float64 distributions over the last axis: (r, K, C) or, in a multi-label task,
+    (r, K, L, 2), label absent and present.
 
     values: (n, K, C) as sent.
     """
 
-    def __init__(self, values: Tensor, kind: SamplesKind = SamplesKind.PROBABILITIES) -> None:
-        self.values, self.kind = values, kind
+    def __init__(
+        self, values: Tensor, kind: SamplesKind = SamplesKind.PROBABILITIES, *, multilabel: bool = False
+    ) -> None:
+        self.values, self.kind, self.multilabel = values, kind, multilabel
         self.shape, self.device = values.shape, values.device
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        return distributions(self.values[rows], logits=self.kind is not SamplesKind.PROBABILITIES, multilabel=False)
+        return self.of(self.values[rows])
+
+    def of(self, values: Tensor) -> Tensor:
+        """The distributions of other values (..., C), sent as these were."""
+        values = values.double()
+        if self.multilabel:
+            return _label_distributions(values, self.kind)
+        if self.kind is SamplesKind.PROBABILITIES:
+            return values / values.sum(-1, keepdim=True)
+        # By hand: over a last axis of a few classes torch's softmax takes several times as long.
+        likelihoods = values.sub(values.amax(-1, keepdim=True)).exp_()
+        return likelihoods.div_(likelihoods.sum(-1, keepdim=True))
 
     def logarithms(self, rows: slice | Tensor) -> Tensor:
         """Natural logarithms of the same, with all digits where logits or logarithms were sent."""
         if self.kind is SamplesKind.PROBABILITIES:
             return self[rows].log()
         return torch.log_softmax(self.values[rows].double(), dim=-1)
+
+
+def _label_distributions(values: Tensor, kind: SamplesKind) -> Tensor:
+    """Absent and present (..., L, 2) from what was sent of labels (..., L), float64; both keep their digits."""
+    if kind is SamplesKind.LOGITS:
+        rare = values.abs().neg_().exp_()  # the odds of the less likely half
+        halves = torch.stack([torch.where(values > 0, rare, 1.0), torch.where(values > 0, 1.0, rare)], dim=-1)
+        return halves.div_(1 + rare[..., None])
+    if kind is SamplesKind.LOG_PROBABILITIES:
+        values = values.clamp(max=0)
+        return torch.stack([-values.expm1(), values.exp()], dim=-1)
+    present = values.clamp(0, 1)
+    return torch.stack([1 - present, present], dim=-1)
 
 
 def split_mode(p: Tensor) -> tuple[Tensor, Tensor]:

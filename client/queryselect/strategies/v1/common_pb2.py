@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&queryselect/strategies/v1/common.proto\x12\x19queryselect.strategies.v1*\xa9\x01\n\x10LabelAggregation\x12!\n\x1dLABEL_AGGREGATION_UNSPECIFIED\x10\x00\x12\x1a\n\x16LABEL_AGGREGATION_MEAN\x10\x01\x12\x19\n\x15LABEL_AGGREGATION_SUM\x10\x02\x12\x19\n\x15LABEL_AGGREGATION_MAX\x10\x03\x12 \n\x1cLABEL_AGGREGATION_TOP_K_MEAN\x10\x04\x42\x9a\x01\n\x1cio.queryselect.strategies.v1B\x0b\x43ommonProtoP\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&queryselect/strategies/v1/common.proto\x12\x19queryselect.strategies.v1*\xc6\x01\n\x10LabelAggregation\x12!\n\x1dLABEL_AGGREGATION_UNSPECIFIED\x10\x00\x12\x1a\n\x16LABEL_AGGREGATION_MEAN\x10\x01\x12\x19\n\x15LABEL_AGGREGATION_SUM\x10\x02\x12\x19\n\x15LABEL_AGGREGATION_MAX\x10\x03\x12 \n\x1cLABEL_AGGREGATION_TOP_K_MEAN\x10\x04\x12\x1b\n\x17LABEL_AGGREGATION_JOINT\x10\x05\x42\x9a\x01\n\x1cio.queryselect.strategies.v1B\x0b\x43ommonProtoP\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\034io.queryselect.strategies.v1B\013CommonProtoP\001ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\252\002\031QuerySelect.Strategies.V1'
   _globals['_LABELAGGREGATION']._serialized_start=70
-  _globals['_LABELAGGREGATION']._serialized_end=239
+  _globals['_LABELAGGREGATION']._serialized_end=268
 # @@protoc_insertion_point(module_scope)

@@ -31,9 +31,9 @@ class _LabelAggregationEnumTypeWrapper(google.protobuf.internal.enum_type_wrappe
     LABEL_AGGREGATION_MAX: _LabelAggregation.ValueType  # 3
     """The largest over labels."""
     LABEL_AGGREGATION_TOP_K_MEAN: _LabelAggregation.ValueType  # 4
-    """The mean of the top_k largest.
-    Kept free: 5 JOINT, the exact joint information of the label vector.
-    """
+    """The mean of the top_k largest."""
+    LABEL_AGGREGATION_JOINT: _LabelAggregation.ValueType  # 5
+    """The joint information of the label vector; of bald alone."""
 
 class LabelAggregation(_LabelAggregation, metaclass=_LabelAggregationEnumTypeWrapper):
     """How the scores of a row's labels become the score of the row, when the task is multi-label."""
@@ -47,7 +47,7 @@ LABEL_AGGREGATION_SUM: LabelAggregation.ValueType  # 2
 LABEL_AGGREGATION_MAX: LabelAggregation.ValueType  # 3
 """The largest over labels."""
 LABEL_AGGREGATION_TOP_K_MEAN: LabelAggregation.ValueType  # 4
-"""The mean of the top_k largest.
-Kept free: 5 JOINT, the exact joint information of the label vector.
-"""
+"""The mean of the top_k largest."""
+LABEL_AGGREGATION_JOINT: LabelAggregation.ValueType  # 5
+"""The joint information of the label vector; of bald alone."""
 global___LabelAggregation = LabelAggregation

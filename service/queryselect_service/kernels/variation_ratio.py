@@ -1,0 +1,44 @@
+"""The variation ratio of a committee's votes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from torch import Tensor
+
+from queryselect_service.maths.information import votes
+from queryselect_service.spec import LabelScore, check_samples
+from queryselect_service.strategy import pointwise
+
+
+@dataclass(frozen=True)
+class VariationRatio(LabelScore):
+    """Its parameters matter in a multi-label task only."""
+
+    def check_inputs(self, shapes: Mapping[str, tuple[int, ...]], returns: Collection[str]) -> None:
+        """Raises InvalidInput for one sample."""
+        super().check_inputs(shapes, returns)
+        check_samples(shapes)
+
+
+@pointwise(
+    VariationRatio,
+    cost="O(N K C) time, O(N) memory",
+    citation="Freeman, Elementary applied statistics (1965); Gal, Islam and Ghahramani, Deep Bayesian active learning "
+    "with image data (ICML 2017), arXiv:1703.02910",
+)
+def variation_ratio(samples: Annotated[Tensor, "N K C"]) -> Tensor:
+    """Prefers rows on which the most parameter samples vote against the majority.
+
+        s = 1 - max_c |{k : argmax p_k = c}| / K
+
+    samples: (n, K, C), or (n, K, L, 2) per label. A sample votes for its likeliest class, the first of equal ones.
+    Returns (n,) or (n, L), in [0, 1 - 1/C].
+
+    >>> import torch
+    >>> variation_ratio(torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]])).tolist()
+    [0.25]
+    """
+    return 1 - votes(samples).amax(-1) / samples.shape[1]
