@@ -7,7 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from queryselect import Client, InvalidInput, KCenterGreedy
+from queryselect import Bald, Client, InvalidInput, KCenterGreedy
 from queryselect.simulate import Curves, LinearProbes, Offer, curves
 
 
@@ -324,6 +324,44 @@ def test_samples_are_computed_only_for_what_reads_them(blobs, local: Client):
     )  # fmt: skip
     assert [("samples", 186) in each.asked for each in models] == [False, False, False, False, True, False]
     assert shapes == [(186, 3, 4)]
+
+
+@pytest.mark.parametrize("strategy", ["bald", Bald(), ("power_bald", {"base": "bald", "beta": 1e6}), "entropy"])
+def test_strategies_that_read_samples_are_given_them(blobs, local: Client, strategy):
+    """Those that can do with logits too, such as entropy, score by what all samples say together."""
+    x, y, test_x, test_y = blobs
+    models = []
+    start = [0, 70, 130, 185]
+    got = curves(
+        local, x, y, test_features=test_x, test_labels=test_y, strategies={"this": strategy},
+        model=heard(models), rounds=1, budget=2, initial=[start], seeds=[0], progress=False,
+    )  # fmt: skip
+    assert ("samples", 186) in models[0].asked
+    p = np.exp(models[0].sample_logits(x))
+    p /= p.sum(axis=2, keepdims=True)
+    scores = -(p.mean(axis=1) * np.log(p.mean(axis=1))).sum(axis=1)
+    if strategy != "entropy":
+        scores += (p * np.log(p)).sum(axis=2).mean(axis=1)
+    scores[start] = -np.inf
+    assert got.rows["this"][0, 0].tolist() == np.argsort(-scores)[:2].tolist()
+
+
+def test_a_multi_label_model_s_samples_are_log_odds(labelled, local: Client):
+    x, y, test_x, test_y = labelled
+
+    class Model(LinearProbes):
+        def sample_logits(self, rows):
+            return np.stack([rows @ [[1, 0, 2], [0, 1, 1]], rows @ [[0, 1, 1], [3, 0, 0]]], axis=1)
+
+    got = curves(
+        local, x, y, test_features=test_x, test_labels=test_y, strategies=["bald"], model=Model,
+        rounds=1, budget=3, initial=2, seeds=[0], task="MULTILABEL", progress=False,
+    )  # fmt: skip
+    q = 1 / (1 + np.exp(-Model().sample_logits(x)))
+    entropies = [-(each * np.log(each) + (1 - each) * np.log(1 - each)) for each in (q.mean(axis=1), q)]
+    scores = (entropies[0] - entropies[1].mean(axis=1)).sum(axis=1)
+    scores[got.initial[0]] = -np.inf
+    assert got.rows["bald"][0, 0].tolist() == np.argsort(-scores)[:3].tolist()
 
 
 def test_samples_need_a_model_that_has_them(blobs, local: Client):

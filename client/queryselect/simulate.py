@@ -21,10 +21,12 @@ from tqdm import tqdm
 
 from queryselect._client import Client
 from queryselect._picks import Picks
-from queryselect._request import to_strategy
+from queryselect._request import description_of, to_strategy
+from queryselect.v1 import strategy_pb2
 
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.int64]
+Description = strategy_pb2.StrategyDescription
 #: From the test labels as they were given and their probabilities (M, C) to a number, at best 1.
 Metric = Callable[[Any, Floats], float]
 
@@ -361,7 +363,7 @@ def curves(
         raise ValueError("two strategies have the same name; give a mapping from names of your own to strategies")
     measured, measure = _metric(metric, classes, test_y)
     make = model or (linear_probe if task == MULTICLASS else LinearProbes)
-    required = _required(client)
+    descriptions = {each.name: each for each in client.strategies()}
     runs: dict[str, list[_Run]] = {name: [] for name in named}
     with tqdm(total=len(named) * len(seeds) * (rounds + 1), unit="round", disable=not progress) as bar:
         for name, strategy in named.items():
@@ -374,7 +376,7 @@ def curves(
                     learner.learn(x[run.labeled], y[run.labeled], each)
                     run.values.append(float(measure(test_y, np.exp(learner.log_probabilities(test_x)))))
                     if at < rounds:
-                        _select(client, strategy, required, run, Offer(learner, x, run.labeled, budget, each))
+                        _select(client, strategy, descriptions, run, Offer(learner, x, run.labeled, budget, each))
                     bar.update()
     return Curves(
         counts=[starts.shape[1] + at * budget for at in range(rounds + 1)],
@@ -449,22 +451,21 @@ def _metric(metric: str | Metric, classes: Any, test_y: Any) -> tuple[str, Metri
     raise ValueError(f"metric must be accuracy, auroc or a function; it is {metric!r}")
 
 
-def _required(client: Client) -> dict[str, list[set[str]]]:
-    """By strategy, the inputs that it can't do without: of each, the names that may stand for it."""
-    return {
-        each.name: [{wanted.name, *wanted.alternatives} for wanted in each.inputs if wanted.required]
-        for each in client.strategies()
-    }
+def _required(strategy: strategy_pb2.Strategy, descriptions: Mapping[str, Description]) -> list[set[str]]:
+    """The inputs that a strategy can't do without: of each, the names that may stand for it."""
+    found = description_of(strategy, descriptions)
+    if found is None:  # the server does not know it, and will say so
+        return []
+    return [{wanted.name, *wanted.alternatives} for wanted in found.inputs if wanted.required]
 
 
 def _select(
-    client: Client, strategy: Strategy, required: Mapping[str, list[set[str]]], run: _Run, offer: Offer
+    client: Client, strategy: Strategy, descriptions: Mapping[str, Description], run: _Run, offer: Offer
 ) -> None:
     """One round: asks the service or the function, and labels what it says."""
     if isinstance(strategy, (str, Message, tuple)):
         name, params = strategy if isinstance(strategy, tuple) else (strategy, {})
-        # What the server does not describe it will not know; it is left to say so.
-        inputs = offer.inputs(required.get(_name(name), []))
+        inputs = offer.inputs(_required(to_strategy(name, params), descriptions))
         started = time.monotonic()
         picks = client.select(
             name, offer.budget, params=params, labeled=offer.labeled, task=offer.task, seed=offer.seed, **inputs
@@ -490,10 +491,9 @@ def _are_new(rows: Any, offer: Offer) -> bool:
 
 
 def _name(strategy: Strategy) -> str:
-    """The canonical name; a plug-in's own, a function's."""
+    """The canonical name, or a function's own."""
     if isinstance(strategy, tuple):
         return strategy[0]
     if isinstance(strategy, Message):
-        kind = str(to_strategy(strategy).WhichOneof("kind"))
-        return str(getattr(strategy, "name")) if kind == "custom" else kind  # noqa: B009  # known at run time only
+        return str(to_strategy(strategy).WhichOneof("kind"))
     return strategy if isinstance(strategy, str) else getattr(strategy, "__name__", type(strategy).__name__)
