@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     tasks = [(name, seed) for seed in range(chosen.seeds) for name in chosen.methods]
     rows = runs.play(kind, asdict(sizes), tasks, lambda name, seed: play(data, name, seed, sizes), chosen.results)
-    runs.show(kind, rows, METHODS, report(rows), chosen.results)
+    runs.show(kind, rows, METHODS, report(rows), chosen.results, "macro AUROC")
     return 0
 
 

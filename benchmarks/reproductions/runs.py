@@ -68,12 +68,14 @@ def earlier(path: Path, about: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def show(kind: str, rows: list[Row], methods: Mapping[str, Method], report: str, results: Path) -> None:
+def show(
+    kind: str, rows: list[Row], methods: Mapping[str, Method], report: str, results: Path, measured: str = "accuracy"
+) -> None:
     """Prints the report, and draws the mean curves."""
     print(report)
     means = {methods[name].label: values(each).mean(axis=0) for name, each in by_name(rows, methods).items()}
     path = results / f"{kind}-{machine.name()}.svg"
-    path.write_text(draw(rows[0]["counts"], means), encoding="utf-8")
+    path.write_text(draw(rows[0]["counts"], means, measured=measured), encoding="utf-8")
     print(f"drawn in {path}", file=sys.stderr)
 
 

@@ -252,6 +252,7 @@ def test_text_options_reach_the_curves(texts, tmp_path, monkeypatch, capsys):
     assert "| 1.50 | 25 | 50 | 1.00 |" in said  # half of the first picks of the largest margins are margin's
     name = f"reproduction-multilabel-text-initial0.1-budget20-rounds3-continue-{machine.name()}"
     assert sorted(path.name for path in tmp_path.glob("repro*")) == [f"{name}.json", f"{name}.svg"]
+    assert "Test macro AUROC of 3 strategies" in (tmp_path / f"{name}.svg").read_text()
 
 
 def test_tables_pair_seeds_that_both_have():
