@@ -133,6 +133,7 @@ def report(rows: list[Row]) -> str:
     more = {
         "repeats in a batch": runs.mean("repeats"),
         "of images with a label": runs.mean("known"),
+        "saturated": runs.saturated,
         "seconds": runs.mean("seconds", 2),
     }
     return "\n".join([*runs.table(rows, METHODS, more), *runs.paired(rows, METHODS, PAIRS)])

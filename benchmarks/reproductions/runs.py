@@ -19,8 +19,8 @@ from benchmarks import machine
 from benchmarks.reproductions.drawing import draw
 from queryselect.simulate import Curves, Strategy
 
-#: One method with one seed: "name", "seed", "counts" and "values" (rounds + 1,), "area", "seconds", and what else is
-#: measured.
+#: One method with one seed: "name", "seed", "counts" and "values" (rounds + 1,), "area", "seconds" of a selection,
+#: "saturated" (rounds,), the picks that the service warned of as SATURATED, if any, and what else is measured.
 Row = dict[str, Any]
 #: What a column of a table says of a method's rows.
 Column = Callable[[list[Row]], str]
@@ -36,7 +36,8 @@ class Method:
 
 def row(found: Curves, name: str, seed: int, **more: Any) -> Row:
     """What is kept of curves of one strategy and one seed."""
-    (values,), (area,) = found.values[name], found.area(name)
+    (values,), (area,), (picks,) = found.values[name], found.area(name), found.picks[name]
+    saturated = [sum(len(each.rows) for each in its.warnings if each.code == "SATURATED") for its in picks]
     return {
         "name": name,
         "seed": seed,
@@ -44,6 +45,7 @@ def row(found: Curves, name: str, seed: int, **more: Any) -> Row:
         "values": values.tolist(),
         "area": float(area),
         "seconds": found.seconds[name],
+        **({"saturated": saturated} if any(saturated) else {}),
         **more,
     }
 
@@ -121,6 +123,12 @@ def paired(rows: list[Row], methods: Mapping[str, Method], pairs: Sequence[tuple
 def mean(key: str, digits: int = 1) -> Column:
     """A column: the mean of what the rows keep by this key, numbers or lists of them."""
     return lambda rows: f"{np.mean([np.mean(row[key]) for row in rows]):.{digits}f}"
+
+
+def saturated(rows: list[Row]) -> str:
+    """A column: how many picks of a batch were warned of as SATURATED, where there are any."""
+    counts = [each for row in rows for each in row.get("saturated", ())]
+    return f"{np.mean(counts):.1f}" if counts else ""
 
 
 def plus_minus(numbers: NDArray[np.floating[Any]], sign: str = "") -> str:

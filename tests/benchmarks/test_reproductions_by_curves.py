@@ -17,8 +17,8 @@ from benchmarks.reproductions.data import load
 from benchmarks.reproductions.dropout import ConvNet, MonteCarloDropout, Perceptron, Training, minibatches
 from benchmarks.reproductions.runs import Method
 from queryselect import Client
+from queryselect.simulate import curves
 
-SERVED = {each.name for each in Client("local:").strategies()}
 DATA = Path(__file__).parents[1] / "data"
 
 
@@ -161,15 +161,8 @@ def tiny(monkeypatch):
     return sizes
 
 
-def names(methods):
-    """Those whose strategy the service has."""
-    of = {name: method.strategy for name, method in methods.items()}
-    first = {name: each[0] if isinstance(each, tuple) else each for name, each in of.items()}
-    return [name for name, each in first.items() if callable(each) or each in SERVED]
-
-
 def test_repeated_mnist_runs_and_keeps_what_it_found(mnist, tiny, tmp_path, monkeypatch, capsys):
-    methods = names(repeated_mnist.METHODS)
+    methods = repeated_mnist.METHODS
     arguments = ["--data", str(mnist), "--quick", "--seeds", "2", "--results", str(tmp_path), "--methods"]
     assert repeated_mnist.main([*arguments, *methods]) == 0
     said = capsys.readouterr().out
@@ -191,7 +184,7 @@ def test_repeated_mnist_runs_and_keeps_what_it_found(mnist, tiny, tmp_path, monk
         repeated_mnist.main([*arguments, "random"])
 
 
-@pytest.mark.parametrize("name", names(multilabel_text.METHODS))
+@pytest.mark.parametrize("name", list(multilabel_text.METHODS))
 def test_every_way_to_choose_among_texts_runs(texts, name):
     sizes = multilabel_text.Sizes(pool=100, initial=10, budget=4, rounds=2, samples=3, hidden=4, steps=3)
     row = multilabel_text.play(load(texts, multilabel_text.SET), name, 0, sizes)
@@ -247,9 +240,9 @@ def test_text_options_reach_the_curves(texts, tmp_path, monkeypatch, capsys):
     assert asked[0] == ("random", 0, 0.1, 20, 3, False)
     assert asked[-1][:2] == ("margin-largest", 1)
     said = capsys.readouterr().out
-    assert "| random | 2 | 50.0 ± 0.0 | 65.0 ± 5.0 | 65.0 ± 5.0 | 1.50 | 25 |  | 1.00 |" in said
+    assert "| random | 2 | 50.0 ± 0.0 | 65.0 ± 5.0 | 65.0 ± 5.0 | 1.50 | 25 |  |  |" in said
     assert "| margin, the largest, softmax over labels − margin | -10.0 ± 0.0 | -10.0, -10.0 |" in said
-    assert "| 1.50 | 25 | 50 | 1.00 |" in said  # half of the first picks of the largest margins are margin's
+    assert "| 1.50 | 25 | 50 |  |" in said  # half of the first picks of the largest margins are margin's
     name = f"reproduction-multilabel-text-initial0.1-budget20-rounds3-continue-{machine.name()}"
     assert sorted(path.name for path in tmp_path.glob("repro*")) == [f"{name}.json", f"{name}.svg"]
     assert "Test macro AUROC of 3 strategies" in (tmp_path / f"{name}.svg").read_text()
@@ -262,7 +255,32 @@ def test_tables_pair_seeds_that_both_have():
     ]
     methods = {"a": Method("A", "random"), "b": Method("B", "random"), "c": Method("C", "random")}
     assert runs.paired(rows, methods, [("b", "a"), ("c", "a")])[2:] == ["| B − A | +10.0 | +10.0 |", ""]
+    assert runs.saturated(rows) == ""
+    assert runs.saturated([*rows, {"saturated": [1, 4]}]) == "2.5"
     assert runs.table(rows, methods, {})[2] == "| A | 2 | 10.0 ± 0.0 | 20.0 ± 0.0 | 45.0 ± 5.0 |"
+
+
+def test_picks_from_saturation_on_are_counted():
+    """Four samples that one row tells apart leave nothing to know: it and what is picked after it are warned of."""
+    x, y = np.arange(20.0).reshape(10, 2), np.arange(10) % 4
+
+    class Model:
+        def fit(self, rows, labels):
+            return self
+
+        def predict_log_proba(self, rows):
+            return np.full((len(rows), 4), -np.log(4))
+
+        def sample_logits(self, rows):
+            return np.tile(np.where(np.eye(4) > 0, 0, -np.inf), (len(rows), 1, 1))
+
+    with Client("local:") as client:
+        found = curves(
+            client, x, y, test_features=x, test_labels=y, strategies=["batch_bald", "bald"],
+            rounds=2, budget=3, initial=4, seeds=[7], model=Model, progress=False,
+        )  # fmt: skip
+    assert runs.row(found, "batch_bald", 7)["saturated"] == [3, 3]
+    assert "saturated" not in runs.row(found, "bald", 7)
 
 
 @pytest.mark.parametrize("script", [repeated_mnist, multilabel_text])
