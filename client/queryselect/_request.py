@@ -104,7 +104,7 @@ def prepare(
     """
     message = selection_pb2.SelectRequest(strategy=to_strategy(strategy, params))
     prepared = Prepared(message)
-    _add_inputs(prepared, inputs, _description(message.strategy, descriptions))
+    _add_inputs(prepared, inputs, description_of(message.strategy, descriptions))
     _fill(message.stop, stop, "stop.", {})
     options = {"task": task, "seed": seed, "validate_only": validate_only or None, "request_id": request_id}
     _fill(message, options, "", {})
@@ -272,7 +272,7 @@ def to_strategy(strategy: str | Message, params: Mapping[str, Any] | None = None
     return message
 
 
-def _description(
+def description_of(
     strategy: strategy_pb2.Strategy, descriptions: Mapping[str, strategy_pb2.StrategyDescription]
 ) -> strategy_pb2.StrategyDescription | None:
     """What the server says of a strategy; where it builds on another one, with the inputs of that one."""
