@@ -112,7 +112,7 @@ def batch_bald(
     members = samples.shape[1]
     entropies, first = _bald(samples, pool)
     bounds, gains = first.clone(), first  # at least every row's gain; and the gain, or an upper bound that is too low
-    batch, tail = (Configurations(members, spec.num_samples, seed, samples.device) for _ in range(2))
+    batch, tail = (Configurations(members, spec.num_samples, seed, samples.device, pool.check) for _ in range(2))
     picks: list[tuple[Tensor, Tensor]] = []
     known: list[Tensor] = []
     for number in range(choice.steps):
