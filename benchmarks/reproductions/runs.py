@@ -108,16 +108,28 @@ def table(rows: list[Row], methods: Mapping[str, Method], more: Mapping[str, Col
     return [*lines, ""]
 
 
-def paired(rows: list[Row], methods: Mapping[str, Method], pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Markdown: by how many points one method's area is larger than another's, with the same seeds."""
+def paired(
+    rows: list[Row],
+    methods: Mapping[str, Method],
+    pairs: Sequence[tuple[str, str]],
+    more: Mapping[str, Callable[[Row, Row], float]] | None = None,
+) -> list[str]:
+    """Markdown: by how many points one method's area is larger than another's, with the same seeds.
+
+    more: what else is told of a pair of rows, the mean over seeds.
+    """
     found, lines = by_name(rows, methods), []
     for name, against in pairs:
-        areas = [{row["seed"]: row["area"] for row in found.get(each, [])} for each in (name, against)]
-        gains = 100 * np.array([areas[0][seed] - areas[1][seed] for seed in areas[0] if seed in areas[1]])
-        if len(gains):
+        both = [
+            (one, its) for one in found.get(name, []) for its in found.get(against, []) if one["seed"] == its["seed"]
+        ]
+        if both:
+            gains = 100 * np.array([one["area"] - its["area"] for one, its in both])
             title = f"{methods[name].label} − {methods[against].label}"
-            lines.append(_line([title, plus_minus(gains, "+"), ", ".join(f"{gain:+.1f}" for gain in gains)]))
-    return [*(["| area | difference | by seed |", "|---|---|---|"] if lines else []), *lines, ""]
+            cells = [f"{np.mean([each(*pair) for pair in both]):.0f}" for each in (more or {}).values()]
+            lines.append(_line([title, plus_minus(gains, "+"), ", ".join(f"{gain:+.1f}" for gain in gains), *cells]))
+    titles = ["area", "difference", "by seed", *(more or {})]
+    return [*([_line(titles), "|" + "---|" * len(titles)] if lines else []), *lines, ""]
 
 
 def mean(key: str, digits: int = 1) -> Column:

@@ -204,6 +204,13 @@ def test_the_mistaken_bald_is_the_one_that_was_run():
         np.testing.assert_allclose(picks.pool_scores, found["given_logarithms"], rtol=1e-12)
 
 
+def test_to_second_order_the_mistaken_bald_is_a_variance():
+    rng = np.random.default_rng(0)
+    p = torch.from_numpy(rng.dirichlet(np.ones(5), 20)[:, None] + 1e-3 * rng.normal(size=(20, 8, 5)))
+    wanted = (p.mean(1).exp() * p.var(1, unbiased=False)).sum(-1) / 2
+    np.testing.assert_allclose(multilabel_text.mistaken_bald(p), wanted, rtol=1e-2)
+
+
 class Told:
     """An offer of certain samples."""
 
@@ -240,9 +247,8 @@ def test_text_options_reach_the_curves(texts, tmp_path, monkeypatch, capsys):
     assert asked[0] == ("random", 0, 0.1, 20, 3, False)
     assert asked[-1][:2] == ("margin-largest", 1)
     said = capsys.readouterr().out
-    assert "| random | 2 | 50.0 ± 0.0 | 65.0 ± 5.0 | 65.0 ± 5.0 | 1.50 | 25 |  |  |" in said
-    assert "| margin, the largest, softmax over labels − margin | -10.0 ± 0.0 | -10.0, -10.0 |" in said
-    assert "| 1.50 | 25 | 50 |  |" in said  # half of the first picks of the largest margins are margin's
+    assert "| random | 2 | 50.0 ± 0.0 | 65.0 ± 5.0 | 65.0 ± 5.0 | 1.50 | 25 |  |" in said
+    assert "| margin, the largest, softmax over labels − margin | -10.0 ± 0.0 | -10.0, -10.0 | 50 |" in said
     name = f"reproduction-multilabel-text-initial0.1-budget20-rounds3-continue-{machine.name()}"
     assert sorted(path.name for path in tmp_path.glob("repro*")) == [f"{name}.json", f"{name}.svg"]
     assert "Test macro AUROC of 3 strategies" in (tmp_path / f"{name}.svg").read_text()

@@ -7,6 +7,7 @@ not count, and what is freed goes back at once: glibc keeps pieces of up to 32 M
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -42,6 +43,7 @@ class Case:
     offset: float = 0.0  # of embeddings from the origin
     quotas: int = 0  # with as many groups as picks, one pick each, and costs
     references: int = 0  # rows of a set beside the pool
+    samples: int = 0  # K
 
 
 CASES = [
@@ -76,6 +78,26 @@ CASES = [
     Case("fisher_kernel", 30_000, 1536, k=200, references=3_000, params=(("kernel", "PCC"),)),
     Case("fisher_kernel", 200_000, 384, 10, k=100, references=2_000, params=(("kernel", "LAST_LAYER"),)),
     Case("fisher_kernel", 1_000_000, 32, k=1000, references=1_000, params=(("kernel", "PCC"),)),
+    Case("variation_ratio", 200_000, 10, samples=50),
+    Case("mean_std", 200_000, 10, samples=50),
+    Case("predictive_entropy", 200_000, 10, samples=50, dtype="float64"),
+    Case("bald", 200_000, 10, samples=100),
+    Case("bald", 4_000, 1000, samples=100, k=10),
+    Case("bald", 50_000, 20, samples=50, task="MULTILABEL"),
+    Case("bald", 20_000, 12, samples=50, task="MULTILABEL", params=(("label_aggregation", "JOINT"),)),
+    Case("bald", 2_000, 30, samples=100, task="MULTILABEL", params=(("label_aggregation", "JOINT"),)),
+    Case("vote_entropy", 200_000, 10, samples=50),
+    Case("consensus_kl", 100_000, 77, samples=20),
+    Case("max_disagreement", 100_000, 77, samples=20),
+    Case("power_bald", 3_000_000, 4, samples=5),
+    Case("power_bald", 3_000_000, 4, samples=5, params=(("form", "SOFTRANK"),)),
+    Case("epig", 20_000, 10, samples=50, references=500, k=10),
+    Case("epig", 5_000, 10, samples=50, references=20_000, k=10),
+    Case("epig", 5_000, 10, samples=50, references=200, k=10, task="MULTILABEL"),
+    Case("batch_bald", 20_000, 10, samples=100, k=8),
+    Case("batch_bald", 10_000, 77, samples=100, k=10),
+    Case("batch_bald", 5_000, 10, samples=100, k=8, params=(("num_samples", 300_000),)),
+    Case("batch_bald", 300_000, 3, samples=10, k=20, params=(("num_samples", 500),)),
     Case(
         "fisher_kernel",
         100_000,
@@ -88,24 +110,35 @@ CASES = [
 ]
 
 
-def letters(case: Case) -> dict[str, str]:
-    """The second letter of the inputs that a case gives, by name: those that have to be there, scales as embeddings.
+def bound(case: Case) -> strategies.Strategy:
+    """The strategy with what it reads by its parameters."""
+    strategy = STRATEGIES[case.strategy]
+    return strategy.bound(build(strategy.spec, dict(case.params)), ())
+
+
+def letters(case: Case) -> dict[str, list[str]]:
+    """The letters after the first of the inputs that a case gives, by name: those that have to be there, scales as
+    embeddings.
 
     With classes of its own, a case that has references gives probabilities on both sides.
-    """
+    """  # fmt: skip
     found = {}
-    for each in STRATEGIES[case.strategy].inputs:
+    for each in bound(case).inputs:
         if each.required:
             name = each.name.replace("scales", "embeddings")
-            found[name] = "D" if each.field == "scales" else each.shape[-1]
+            found[name] = ["D"] if each.field == "scales" else each.shape.split()[1:]
     if case.references and case.classes:
-        found |= {"probabilities": "C", "validation_probabilities": "C"}
+        found |= {"probabilities": ["C"], "validation_probabilities": ["C"]}
     return found
 
 
 def widths(case: Case) -> dict[str, int]:
-    """The sizes of D and C."""
-    return {"D": case.width, "C": case.classes or case.width}
+    """The sizes of D, C and K."""
+    return {"D": case.width, "C": case.classes or case.width, "K": case.samples}
+
+
+def of_references(name: str) -> bool:
+    return name.startswith(("validation", "target"))
 
 
 def measure(case: Case) -> tuple[int, int]:
@@ -116,14 +149,14 @@ def measure(case: Case) -> tuple[int, int]:
 
     def run(rows: int, k: int, labeled: int, watched: bool) -> tuple[int, int]:
         inputs = {}
-        for name, letter in letters(case).items():
-            count = min(rows, case.references) if name.startswith("validation") else rows
-            x = np.random.default_rng(0).random((count, widths(case)[letter]), np.float32)
-            if name.endswith("probabilities") and case.task == "MULTICLASS":
-                x /= x.sum(1, keepdims=True)
+        for name, some in letters(case).items():
+            count = min(rows, case.references) if of_references(name) else rows
+            x = np.random.default_rng(0).random((count, *(widths(case)[letter] for letter in some)), np.float32)
+            if name.endswith(("probabilities", "samples")) and case.task == "MULTICLASS":
+                x /= x.sum(-1, keepdims=True)
             inputs[name] = torch.from_numpy(x).add_(case.offset).to(dtype)
             del x
-        if case.references:
+        if case.references and case.strategy == "fisher_kernel":
             count = min(rows, case.references)
             inputs["validation_labels"] = torch.arange(count) % (case.classes or 10)
             inputs["validation_misclassified"] = torch.arange(count) % 3 > 0
@@ -155,9 +188,10 @@ def limits_of(case: Case, rows: int, k: int) -> Limits:
 def estimate(case: Case) -> int:
     strategy, item = STRATEGIES[case.strategy], getattr(torch, case.dtype).itemsize
     inputs, sizes = 0, {}
-    for name, letter in letters(case).items():
-        sizes[letter] = widths(case)[letter]
-        inputs += (case.references if name.startswith("validation") else case.rows) * sizes[letter] * item
+    for name, some in letters(case).items():
+        sizes |= {letter: widths(case)[letter] for letter in some}
+        width = math.prod(sizes[letter] for letter in some)
+        inputs += (case.references if of_references(name) else case.rows) * width * item
     known = Sizes(
         entries=inputs // item,
         N=case.rows,
@@ -171,7 +205,7 @@ def estimate(case: Case) -> int:
     )
     arrays = tuple(Array("pool.quotas", torch.int64, (case.rows,)) for _ in range(case.quotas))
     terms = Terms(tuple(Quota("") for _ in arrays), arrays)
-    return strategy.memory(known, build(strategy.spec, dict(case.params))) + terms.memory(case.rows, case.k)
+    return bound(case).memory(known, build(strategy.spec, dict(case.params))) + terms.memory(case.rows, case.k)
 
 
 @dataclass(frozen=True)
