@@ -101,7 +101,7 @@ class TestEveryStrategy:
         assert all(each.doc and each.type for each in found.parameters)
         for told, field in zip(found.parameters, dataclasses.fields(strategy.spec), strict=True):
             is_enum = told.type == strategy_pb2.PARAMETER_TYPE_ENUM
-            assert bool(told.values) == is_enum
+            assert bool(told.values) == (is_enum or told.name == strategy.base_parameter)
             assert told.HasField("minimum") == (field.metadata["low"] is not None)
             assert told.HasField("default") == (field.default is not None)
             assert not told.values or told.range == ", ".join(told.values)
