@@ -85,7 +85,7 @@ CASES = [
     Case("bald", 4_000, 1000, samples=100, k=10),
     Case("bald", 50_000, 20, samples=50, task="MULTILABEL"),
     Case("bald", 20_000, 12, samples=50, task="MULTILABEL", params=(("label_aggregation", "JOINT"),)),
-    Case("bald", 2_000, 30, samples=100, task="MULTILABEL", params=(("label_aggregation", "JOINT"),)),
+    Case("bald", 200, 30, samples=100, k=10, task="MULTILABEL", params=(("label_aggregation", "JOINT"),)),
     Case("vote_entropy", 200_000, 10, samples=50),
     Case("consensus_kl", 100_000, 77, samples=20),
     Case("max_disagreement", 100_000, 77, samples=20),
