@@ -92,7 +92,8 @@ class Processes:
         options: those of strategies.select, `context`, `candidates` and `limits` in terms of all rows.
         """
         strategy = strategies.STRATEGIES.get(name) or strategies.PLUGINS[name]
-        rowwise = strategies.per_row(strategy, inputs)
+        spec = options.get("spec") or strategy.spec()
+        rowwise = strategies.per_row(strategy.bound(spec, inputs), inputs)
         context, candidates = options.pop("context"), options.pop("candidates")
         limits = options.pop("limits", None) or strategies.Limits()
         found: list[Selected] = self.run(

@@ -20,8 +20,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from queryselect import Client, InvalidInput, Picks
+from queryselect import Client, InvalidInput, Picks, Unsupported
 from queryselect_service import strategy as strategies
+from queryselect_service.maths.predictions import SamplesKind
 from queryselect_service.quotas import Quota, QuotaLimit
 from queryselect_service.shards import Whole
 from queryselect_service.spec import build
@@ -109,6 +110,12 @@ class StrategyCase:
     # What the tests below share.
 
     @property
+    def kinds(self) -> dict[str, SamplesKind]:
+        """What the samples are, as kernels are told."""
+        kind = self.options.get("samples_kind")
+        return {"samples": SamplesKind(kind)} if kind else {}
+
+    @property
     def seeded(self) -> bool:
         """Whether the seed changes the picks from these inputs."""
         return self.strategy.seeded
@@ -166,6 +173,7 @@ class StrategyCase:
             "candidates": candidates,
             "spec": build(self.strategy.spec, self.params),
             "task": strategies.Task(self.options.get("task", "MULTICLASS")),
+            "kinds": self.kinds,
             "seed": 3,
             "limits": limits,
         }
@@ -300,6 +308,7 @@ class StrategyCase:
             context=torch.tensor([1, 2]),
             spec=build(self.strategy.spec, self.params),
             task=strategies.Task(self.options.get("task", "MULTICLASS")),
+            kinds=self.kinds,
             seed=5,
         )
         assert here.indices.tolist() == served.indices.tolist() == direct.indices.tolist()
@@ -328,6 +337,27 @@ class StrategyCase:
             assert sliced.indices == whole.indices
             if different == 1 and not self.seeded:
                 assert sliced.indices == np.setdiff1d(np.arange(ROWS), lists.get("labeled", []))[:25].tolist()
+
+    # Items of several rows.
+
+    def test_items_of_one_row_each_are_the_rows_where_items_are_served(self, local, remote):
+        inputs, lists = self.inputs(), {"labeled": [1, 2], "excluded": [5]}
+        if not self.strategy.serves_items:
+            for client in (local, remote):
+                with pytest.raises(Unsupported, match=f"{self.name} does not serve pool.item_rows"):
+                    self.select(client, inputs, item_rows=np.arange(ROWS))
+            return
+        plain = self.select(local, inputs, 9, seed=2, **lists, return_pool_scores=True)
+        order = np.random.default_rng(4).permutation(ROWS)
+        moved, options = self.take(inputs, order), {} if inputs else {"num_rows": ROWS}
+        for how in ("MEAN", "MAX", "SUM", "TOP_K_MEAN"):
+            items = {"item_aggregation": how, "item_top_k": 2, "seed": 2, "return_pool_scores": True, **options}
+            here = self.select(local, inputs, 9, item_rows=np.arange(ROWS), **items, **lists)
+            there = self.select(remote, moved, 9, item_rows=order, **items, **lists)  # the rows' order is no matter
+            for got in (here, there):
+                assert got.indices.tolist() == plain.indices.tolist()
+                np.testing.assert_allclose(got.pool_scores, plain.pool_scores, rtol=self.tolerance, atol=self.tolerance)
+            assert here.scores.tolist() == plain.scores.tolist()
 
     # Quotas, costs and a least gain.
 

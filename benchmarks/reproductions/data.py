@@ -1,7 +1,7 @@
 """The data that reproductions run on: a folder of .npy files, given by whoever runs them.
 
     FOLDER/banking77/X_train.npy          (N, D) frozen features of the pool
-    FOLDER/banking77/y_train.npy          (N,) its classes
+    FOLDER/banking77/y_train.npy          (N,) its classes; (N, L) zeros and ones where a row has several labels
     FOLDER/banking77/X_test.npy           (M, D), y_test.npy (M,): held out
     FOLDER/banking77/idx_imbalance10.npy  rows of the pool in which some classes are 10 times as rare as others
 
@@ -27,7 +27,7 @@ class MissingData(FileNotFoundError):
 
 @dataclass(frozen=True)
 class LabeledSet:
-    """A pool (N, D) with its classes (N,), and held-out rows with theirs."""
+    """A pool (N, D) with its classes (N,) or labels (N, L), and held-out rows with theirs."""
 
     name: str
     features: NDArray[np.floating[Any]]

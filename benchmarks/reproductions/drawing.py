@@ -26,8 +26,13 @@ text { font-size: 13px; fill: #565c66; }
 </style>"""
 
 
-def draw(counts: Sequence[int], means: Mapping[str, NDArray[np.floating[Any]]], width: int = 900) -> str:
-    """SVG: accuracy by name (points,), over the number of labelled rows (points,)."""
+def draw(
+    counts: Sequence[int],
+    means: Mapping[str, NDArray[np.floating[Any]]],
+    width: int = 900,
+    measured: str = "accuracy",
+) -> str:
+    """SVG: what was measured by name (points,), over the number of labelled rows (points,)."""
     lines = [figures.Line(f"s{at}", name, mean, None) for at, (name, mean) in enumerate(means.items())]
     colours = "\n".join(
         f'[data-s="s{at}"] .mean, .end[data-s="s{at}"] path {{ stroke: {colour}; }}\n'
@@ -35,4 +40,5 @@ def draw(counts: Sequence[int], means: Mapping[str, NDArray[np.floating[Any]]], 
         for at, colour in zip(range(len(lines)), COLOURS, strict=False)
     )
     head, _, rest = figures.curves(counts, lines, None, width, HEIGHT).partition(">")
+    head = head.replace("Test accuracy", f"Test {measured}")
     return f'{head} xmlns="http://www.w3.org/2000/svg">{STYLE % colours}{rest}\n'

@@ -38,6 +38,8 @@ class Inputs(TypedDict, total=False):
 
     N rows of the pool, D embedding dimensions, C classes, K parameter samples, P gradient entries. Arrays may be numpy,
     torch, pandas, or anything with __array__ or __dlpack__. Lists of rows are boolean masks (N) or integer row numbers.
+
+    With item_rows, lists, costs, quotas, groups and ids are those of items, and N stands for their number there.
     """
 
     embeddings: Any  # (N, D)
@@ -62,9 +64,10 @@ class Inputs(TypedDict, total=False):
     quotas: Sequence[Mapping[str, Any]]  # {"name", "values" (N,) integers, "default_max", "limits"}, see Client.select
     groups: Any  # (N,), anything that tells groups apart; None and NaN: in no group
     max_per_group: int  # the most picks that share a group, by default 1
-    item_rows: Any  # (N,)
-    item_aggregation: str
-    item_top_k: int
+    item_rows: Any  # (N,) integers, the item of each row, where items of several rows are chosen, see Client.select
+    item_aggregation: str  # how rows' scores become their item's: MEAN (default), MAX, SUM or TOP_K_MEAN
+    item_top_k: int  # the number of highest rows that TOP_K_MEAN averages
+    num_items: int  # where the last items have no rows, and nothing else with an entry per item is given
     ids: Any  # (N,), the caller's names for the rows; they stay here
     num_rows: int
     model: str
@@ -186,6 +189,12 @@ class Client:
         (M, D), "probabilities" or "logits": (M, C), "weights": (M,), 1 by default, …}. Roles are VALIDATION, TARGET,
         AVOID and LABELED; without one it is the role that the strategy reads, if that is one. `references` are several.
         `scales`, here and there, are the layers of a network: [{"embeddings": (N, L), "gradients": (N, L)}, …].
+
+        `item_rows` is for rows that are parts of what is labelled: tokens of sentences, boxes or pixels of images. It
+        holds the item of each row; for sentences one after the other that is `np.repeat(np.arange(len(sentences)),
+        [len(words) for words in sentences])`. An item's score is made of those of its rows by `item_aggregation`.
+        Picks, `pool_scores`, lists of rows, `costs`, `groups`, `quotas` and `ids` are then of items. Items without rows
+        are never picked. For strategies that score every row by itself, and `random`: `items` in strategies().
 
         `returns` asks for more than picks: "POOL_SCORES", the score of every row, or "PSEUDO_LABELS", the labels that
         the strategy assumes of them, for strategies that have these.

@@ -52,7 +52,7 @@ class Info:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Picks:
-    """The chosen rows in the order of choice, best first.
+    """The chosen rows in the order of choice, best first; items, where item_rows told them.
 
     indices: (k,) int64. scores: (k,) float64, higher is more worth choosing; score_kind says what they are. ids: the
     caller's ids of the picks, if any were given. pool_scores: (N,) float64 when asked for, -inf where a row may not be

@@ -25,6 +25,8 @@ from queryselect.v1 import selection_pb2, strategy_pb2, tensor_pb2
 ROW_LISTS = ("labeled", "pending", "excluded", "candidates")
 #: Tensors of the pool that every strategy may need: never left out.
 ALWAYS = (*ROW_LISTS, "costs", "item_rows")
+#: Tensors of the pool that are of items where rows tell theirs.
+OF_ITEMS = (*ROW_LISTS, "costs")
 #: Tensors of the pool whose first dimension is not N.
 NOT_PER_ROW = ("head_weights", "head_bias", "labels", *ROW_LISTS)
 #: What stands in for another input only where nothing else does that is given, and then stays here.
@@ -53,7 +55,7 @@ class Prepared:
     message: selection_pb2.SelectRequest
     arrays: dict[str, WireArray] = field(default_factory=dict)
     ids: Any = None
-    num_rows: int = 0  # N, 0 where nothing tells it
+    num_items: int = 0  # what is chosen among, rows or items of several; 0 where nothing tells it
 
     @property
     def num_bytes(self) -> int:
@@ -62,10 +64,10 @@ class Prepared:
 
     @property
     def answer_bytes(self) -> int:
-        """The bytes of the answer's arrays: an index and a score per pick, what every row has when asked for."""
+        """The bytes of the answer's arrays: an index and a score per pick, what every item has when asked for."""
         asked = {selection_pb2.RETURN_POOL_SCORES, selection_pb2.RETURN_PSEUDO_LABELS} & {*self.message.returns}
-        per_row = 8 * self.num_rows * len(asked)
-        return 16 * self.message.stop.max_items + per_row
+        per_item = 8 * self.num_items * len(asked)
+        return 16 * self.message.stop.max_items + per_item
 
     def inline(self, most: float = math.inf, most_of_list: float = math.inf) -> dict[str, WireArray]:
         """Puts the arrays of at most so many bytes into the message, lists of rows by their own limit.
@@ -102,7 +104,7 @@ def prepare(
     """
     message = selection_pb2.SelectRequest(strategy=to_strategy(strategy, params))
     prepared = Prepared(message)
-    _add_inputs(prepared, inputs, _description(message.strategy, descriptions))
+    _add_inputs(prepared, inputs, description_of(message.strategy, descriptions))
     _fill(message.stop, stop, "stop.", {})
     options = {"task": task, "seed": seed, "validate_only": validate_only or None, "request_id": request_id}
     _fill(message, options, "", {})
@@ -113,12 +115,13 @@ def prepare(
 def _add_inputs(
     prepared: Prepared, inputs: Mapping[str, Any], description: strategy_pb2.StrategyDescription | None
 ) -> None:
-    """Adds what the strategy reads; keeps the ids here; says N where nothing else does."""
+    """Adds what the strategy reads; keeps the ids here; says N, and how many items, where nothing else does."""
     message, wanted = prepared.message, None
     if description is not None:
         wanted = {name for each in description.inputs for name in _choices(each, inputs)}
     given: list[str] = []
     sizes: list[int] = []
+    items = sizes if inputs.get("item_rows") is None else []  # of what has an entry per item
     told, ids = False, inputs.get("ids")
     for name, value in inputs.items():
         if name not in (*_FIELDS, *APART):
@@ -133,30 +136,62 @@ def _add_inputs(
         elif not _is_tensor(_FIELDS[name]):
             _fill(message.pool, {name: value}, "pool.", prepared.arrays)
         else:
-            array = to_wire(value, f"pool.{name}", rows=name in (*ROW_LISTS, "labels"))
+            array = to_wire(value, f"pool.{name}", rows=name in (*ROW_LISTS, "labels", "item_rows"))
             given.append(f"{name} {array.shape_text}")
             upload = wanted is None or name in wanted or name in ALWAYS
             if upload:
                 getattr(message.pool, name).CopyFrom(array.header())
                 prepared.arrays[f"pool.{name}"] = array
             if array.shape and (name not in NOT_PER_ROW or (name in ROW_LISTS and array.data.dtype == bool)):
-                sizes.append(array.shape[0])
+                known = items if name in OF_ITEMS else sizes
+                known.append(array.shape[0])
                 if not upload:  # the server says so of what it sees
-                    _check_rows(name, array, sizes[0])
+                    _check_rows(name, array, known[0])
                 told = told or (upload and name not in ROW_LISTS)
-                ids = array.index if ids is None else ids
+                ids = array.index if ids is None and known is items else ids
     _add_references(prepared, inputs, description)
     rows = _add_quotas(prepared, inputs)
-    sizes, told = sizes + rows, told or bool(rows)
+    items += rows
+    told = told or bool(rows)
     if description is not None:
         _check_required(description, message.pool, given)
-    if message.pool.HasField("num_rows"):
-        sizes.append(message.pool.num_rows)
+    _say_sizes(prepared, ids, sizes, items, told=told)
+
+
+def _say_sizes(prepared: Prepared, ids: Any, sizes: list[int], items: list[int], *, told: bool) -> None:
+    """Keeps the ids here; says N, and how many items there are, where nothing that is sent does.
+
+    sizes: what tells N. items: what tells the number of items; the same list where these are the rows. told: whether
+    something that is sent tells N.
+    """
+    pool = prepared.message.pool
+    if pool.HasField("num_rows"):
+        sizes.append(pool.num_rows)
     if ids is not None:
-        _keep_ids(prepared, ids, sizes)
-    prepared.num_rows = sizes[0] if sizes else 0
-    if sizes and not told and not message.pool.HasField("num_rows"):
-        message.pool.num_rows = sizes[0]
+        prepared.ids = ids.to_numpy() if hasattr(ids, "to_numpy") else np.asarray(ids)
+    if items is not sizes:
+        _count_items(prepared, items)
+    if prepared.ids is not None:
+        items.append(prepared.ids.size)
+        if prepared.ids.shape != (items[0],):
+            shape, what = " ".join(map(str, prepared.ids.shape)), "row" if items is sizes else "item"
+            raise InvalidInput(f"pool.ids needs one id per {what}, ({items[0]}); it has ({shape})", field="pool.ids")
+    prepared.num_items = items[0] if items else 0
+    if sizes and not told and not pool.HasField("num_rows"):
+        pool.num_rows = sizes[0]
+
+
+def _count_items(prepared: Prepared, items: list[int]) -> None:
+    """Says how many items of several rows there are where nothing else that is sent does: ids, and what rows say.
+
+    items: what else tells it, and after this that number too. Wrong numbers are left for the server to name.
+    """
+    pool, rows = prepared.message.pool, prepared.arrays["pool.item_rows"].data
+    if pool.HasField("num_items"):
+        items.append(pool.num_items)
+    elif not items and rows.size and rows.dtype.kind == "i" and rows.min() >= 0:
+        items.append(max(int(rows.max()) + 1, 0 if prepared.ids is None else prepared.ids.size))
+        pool.num_items = items[0]
 
 
 def _add_scales(prepared: Prepared, value: Any, *, upload: bool) -> list[int]:
@@ -208,15 +243,6 @@ def _check_rows(name: str, array: WireArray, rows: int) -> None:
         raise InvalidInput(f"pool.{name} needs {rows} rows; it has {array.shape_text}", field=f"pool.{name}")
 
 
-def _keep_ids(prepared: Prepared, ids: Any, sizes: list[int]) -> None:
-    """Keeps the caller's ids, one per row; sizes: what else tells N, and after this the ids too."""
-    prepared.ids = ids.to_numpy() if hasattr(ids, "to_numpy") else np.asarray(ids)
-    sizes.append(prepared.ids.size)
-    if prepared.ids.shape != (sizes[0],):
-        shape = " ".join(map(str, prepared.ids.shape))
-        raise InvalidInput(f"pool.ids needs one id per row, ({sizes[0]}); it has ({shape})", field="pool.ids")
-
-
 def to_strategy(strategy: str | Message, params: Mapping[str, Any] | None = None) -> strategy_pb2.Strategy:
     """A strategy by its canonical name and parameters, or a typed message, as the oneof.
 
@@ -246,7 +272,7 @@ def to_strategy(strategy: str | Message, params: Mapping[str, Any] | None = None
     return message
 
 
-def _description(
+def description_of(
     strategy: strategy_pb2.Strategy, descriptions: Mapping[str, strategy_pb2.StrategyDescription]
 ) -> strategy_pb2.StrategyDescription | None:
     """What the server says of a strategy; where it builds on another one, with the inputs of that one."""
@@ -254,11 +280,11 @@ def _description(
     if found is None or not found.base_parameter:
         return found
     chosen = getattr(strategy, _name(strategy))
-    (default,) = (each.default for each in found.parameters if each.name == found.base_parameter)
-    name = getattr(chosen, found.base_parameter) if chosen.HasField(found.base_parameter) else default
-    base = descriptions.get(name)
-    if base is None:  # the server says so
+    (parameter,) = (each for each in found.parameters if each.name == found.base_parameter)
+    name = getattr(chosen, parameter.name) if chosen.HasField(parameter.name) else parameter.default
+    if name not in parameter.values:  # the server says so
         return None
+    base = descriptions[name]
     merged = strategy_pb2.StrategyDescription()
     merged.CopyFrom(found)
     merged.inputs.extend(base.inputs)

@@ -23,7 +23,7 @@ class Session:
 
     Picks are pending until they are labelled or released, and neither pending nor labelled rows are picked again. Each
     round draws with its own seed, derived from `seed`. Inputs given here are sent in every round; those given to `next`
-    win over them. `labeled`: the rows that have labels at first.
+    win over them. `labeled`: the rows that have labels at first. With `item_rows` all rows here are items.
 
     >>> import numpy as np
     >>> with Client("local:") as client:

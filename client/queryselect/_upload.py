@@ -13,7 +13,7 @@ import numpy as np
 
 from queryselect._arrays import WireArray
 from queryselect._picks import NUMPY
-from queryselect._request import NOT_PER_ROW, Prepared
+from queryselect._request import NOT_PER_ROW, OF_ITEMS, Prepared
 from queryselect.v1 import selection_pb2
 
 #: Arrays of at most so many bytes travel inside the start; lists of rows do though they are longer, because the server
@@ -52,9 +52,11 @@ class Upload:
     def __iter__(self) -> Iterator[Message]:
         yield self._start
         self._go.wait()
-        # Lists of rows first: the server needs them before it can look at rows. Then all arrays side by side, so that
-        # a row is complete soon after its first byte, and a server that scores rows as they come holds few of them.
-        lists = {path: array for path, array in self._large.items() if not _per_row(path)}
+        # Lists of rows first, and the items of rows: the server needs them before it can look at rows. Then all arrays
+        # side by side, so that a row is complete soon after its first byte, and a server that scores rows as they come
+        # holds few of them.
+        items = self._start.start.pool.HasField("item_rows")
+        lists = {path: array for path, array in self._large.items() if not _per_row(path, items=items)}
         rows = {path: array for path, array in self._large.items() if path not in lists}
         for path, array in lists.items():
             for offset in range(0, array.data.nbytes, self._chunk_bytes):
@@ -66,10 +68,11 @@ class Upload:
                 yield _chunk_of(path, array, row * _row_bytes(array), step * _row_bytes(array))
 
 
-def _per_row(path: str) -> bool:
-    """Whether the array at `path` has a row for every row of the pool."""
+def _per_row(path: str, *, items: bool) -> bool:
+    """Whether the array at `path` has a row for every row of the pool, and can wait. items: whether rows have items."""
     owner, _, name = path.partition(".")
-    return owner == "pool" and name not in NOT_PER_ROW
+    of_items = items and (name in (*OF_ITEMS, "item_rows") or name.startswith("quotas["))
+    return owner == "pool" and name not in NOT_PER_ROW and not of_items
 
 
 def _row_bytes(array: WireArray) -> int:

@@ -61,8 +61,13 @@ class Array:
 
     @property
     def per_row(self) -> bool:
-        """Whether it has an entry per row of the pool."""
-        return self.letters.startswith("N")
+        """Whether it has an entry per row of the pool, or per item where these are others."""
+        return self.letters.startswith(("N", "I"))
+
+    @property
+    def unit(self) -> str:
+        """What it has an entry of: row or item."""
+        return "item" if self.letters.startswith("I") else "row"
 
     @property
     def nbytes(self) -> int:
@@ -121,8 +126,8 @@ def check_type(array: Array, allowed: tuple[torch.dtype, ...]) -> None:
         raise InvalidInput(f"{array.path} needs type {names}; it has {type_name(array.dtype)}", field=array.path)
 
 
-def row_list(array: Array, data: Tensor, size: int) -> Tensor:
-    """The rows (r,) that a boolean mask (size,) or integer indices name, ascending, int64.
+def row_list(array: Array, data: Tensor, size: int, unit: str = "row") -> Tensor:
+    """The rows (r,) that a boolean mask (size,) or integer indices name, ascending, int64. unit: what rows are called.
 
     Raises InvalidInput for a mask of another length, a row out of range, or one listed twice.
     """
@@ -134,19 +139,20 @@ def row_list(array: Array, data: Tensor, size: int) -> Tensor:
     if len(rows):
         for row in (int(rows[0]), int(rows[-1])):
             if not 0 <= row < size:
-                raise InvalidInput(f"{array.path} lists row {row}; rows are 0 to {size - 1}", field=array.path)
-    _refuse_twice(rows, f"{array.path} lists row {{}} twice", array.path)
+                words = f"{array.path} lists {unit} {row}; {unit}s are 0 to {size - 1}"
+                raise InvalidInput(words, field=array.path)
+    _refuse_twice(rows, f"{array.path} lists {unit} {{}} twice", array.path)
     return rows
 
 
-def check_disjoint(rows: dict[str, Tensor]) -> None:
-    """Raises InvalidInput where a row stands in two lists that exclude each other."""
+def check_disjoint(rows: dict[str, Tensor], unit: str = "row") -> None:
+    """Raises InvalidInput where a row stands in two lists that exclude each other. unit: what rows are called."""
     for names in DISJOINT:
         lists = [(name, rows[name]) for name in names if name in rows]
         for at, (name, mine) in enumerate(lists):
             for other, theirs in lists[:at]:
                 both = torch.cat([mine, theirs]).sort().values
-                _refuse_twice(both, f"pool.{other} and pool.{name} both list row {{}}", f"pool.{name}")
+                _refuse_twice(both, f"pool.{other} and pool.{name} both list {unit} {{}}", f"pool.{name}")
 
 
 def _refuse_twice(rows: Tensor, message: str, path: str) -> None:
@@ -175,13 +181,14 @@ def check_values(
     *,
     first: int = 0,
     multilabel: bool,
-    excluded: Tensor | None,
+    excluded: Callable[[Tensor], Tensor] | None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Raises InvalidInput, naming the first bad row, where the values can't be what the path says they are.
 
     data: (n, ...), the rows from `first` on. multilabel: whether each column of probabilities stands alone. excluded:
-    ascending rows whose values don't matter. check: called between blocks of rows; may raise.
+    tells of rows (r,) which are those whose values don't matter, (r,) bool. check: called between blocks of rows; may
+    raise.
     """
     if not data.is_floating_point() and array.name not in MASSES:
         return
@@ -198,11 +205,11 @@ def check_values(
         for need, bad, came in _rules(name, block, multilabel):
             rows = bad.nonzero().squeeze(1)
             if excluded is not None and len(rows):
-                rows = rows[~torch.isin((rows + start) // parts + first, excluded)]
+                rows = rows[~excluded((rows + start) // parts + first)]
             if len(rows):
                 row = int(rows[0])
                 at = (row + start) // parts + first
-                raise InvalidInput(f"{array.path} {need}; row {at} {came(block[row])}", field=array.path)
+                raise InvalidInput(f"{array.path} {need}; {array.unit} {at} {came(block[row])}", field=array.path)
 
 
 def _surely_fine(name: str, block: Tensor, *, multilabel: bool) -> bool:

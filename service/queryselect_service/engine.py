@@ -199,15 +199,12 @@ class Place:
 
     def _needs(self) -> tuple[int, int]:
         """The bytes that the request will need on the host, and on the device where that has memory of its own."""
-        request, strategy = self._request, self._request.strategy
-        sizes, terms = request.sizes, request.terms
-        working = terms.memory(sizes.N, sizes.k) + strategy.memory(sizes, request.spec)
-        if request.validate_only:
-            working = 0
+        request = self._request
+        working = 0 if request.validate_only else request.working_bytes
         host = self._held + request.extra_bytes + 2 * request.answer_bytes  # as tensors, and as a message
         if self._engine.own_memory is None:
             return host + working, 0
-        return host, working + terms.nbytes(sizes.N) + (sizes.inputs if self._resident else 0)
+        return host, working + request.moved_bytes + (request.sizes.inputs if self._resident else 0)
 
     def enter(self) -> None:
         """See Engine.admit."""
@@ -235,13 +232,18 @@ class Place:
         self._rooms[0] = (room, had + nbytes)
 
     def settle(self) -> None:
-        """Gives back what was set aside for lists of rows that turned out shorter than they might have been."""
-        host, own = self._needs()
-        less = (min(0, host - self._host), min(0, own - self._own))
-        self._rooms = [(room, had + by) for (room, had), by in zip(self._rooms, less, strict=False)]
-        for (room, _), by in zip(self._rooms, less, strict=False):
+        """Gives back what was set aside for lists of rows that turned out shorter than they might have been.
+
+        Sets more aside where there are more items than rows. Raises DoesNotFit or Busy where there is no such room.
+        """
+        needs = self._needs()
+        changes = (needs[0] - self._host, needs[1] - self._own)
+        self._host, self._own = needs
+        for at, ((room, had), by) in enumerate(zip(self._rooms, changes, strict=False)):
+            if by > 0 and had + by > room.capacity:
+                raise DoesNotFit(self._request.strategy.name, had + by, room.where, room.capacity)
             room.reserve(by)
-        self._host, self._own = self._host + less[0], self._own + less[1]
+            self._rooms[at] = (room, had + by)
 
     def leave(self) -> None:
         """Gives everything back, once nothing runs any more."""

@@ -29,6 +29,7 @@ from queryselect_service.checks import (
 )
 from queryselect_service.choice import Limits
 from queryselect_service.errors import InvalidInput, OverLimit
+from queryselect_service.items import Items
 from queryselect_service.maths.predictions import SamplesKind
 from queryselect_service.references import WEIGHTS, Reference, check_names, check_shapes, join
 from queryselect_service.settings import Settings
@@ -62,7 +63,10 @@ CONTEXT = ("labeled", "pending")
 
 @dataclass
 class Request:
-    """What one request says."""
+    """What one request says.
+
+    With items of several rows (`items`), lists of rows, limits, ids and whatever is chosen are those of items.
+    """
 
     strategy: Strategy
     spec: Spec
@@ -71,6 +75,7 @@ class Request:
     references: list[Reference]
     row_lists: dict[str, Array]
     terms: Terms
+    items: Items | None
     num_rows: int | None
     max_items: int | None
     task: Task
@@ -78,7 +83,7 @@ class Request:
     returns: frozenset[str]  # what is asked for beside the picks: POOL_SCORES, PSEUDO_LABELS
     validate_only: bool
     ids: Array | list[str] | None
-    notices: list[Notice] = field(default_factory=list)
+    said: list[Notice] = field(default_factory=list)  # what there is to tell of the request's names
     letters: dict[str, int] = field(default_factory=dict)  # their sizes, told by check
     rows: dict[str, Tensor] = field(default_factory=dict)  # the row lists as ascending rows, as far as they are here
 
@@ -99,32 +104,55 @@ class Request:
             spec.check_inputs(read, self.returns)
         self.check_rows()
         for array in self.read:
-            if array.data is not None:
+            if array.data is not None and self.checkable(array):
                 self.check_values(array, array.data, 0, check)
         self.check_weights()
         self._check_limits(settings)
 
     def check_rows(self) -> None:
-        """Reads the row lists that are here. Raises InvalidInput for what is wrong with them or with the budget."""
+        """Reads the row lists that are here, and which item each row is of, where that is here.
+
+        Raises InvalidInput for what is wrong with them or with the budget, OverLimit for too many items.
+        """
+        if self.items is not None:
+            self.items.read()
         for name, array in self.row_lists.items():
-            if array.data is not None and name not in self.rows:
-                self.rows[name] = row_list(array, array.data, self.size)
-        check_disjoint(self.rows)
+            known = self.items is None or self.items.size is not None
+            if array.data is not None and name not in self.rows and known:
+                self.rows[name] = row_list(array, array.data, self.num_items, self._unit)
+        check_disjoint(self.rows, self._unit)
         self._check_budget()
+
+    def checkable(self, array: Array) -> bool:
+        """Whether an array's values can be looked at: which of its rows are excluded is known."""
+        if not array.per_row or "excluded" not in self.row_lists:
+            return True
+        told = self.items is None or array.unit == "item" or self.items.occupied is not None
+        return told and "excluded" in self.rows
 
     def check_values(self, array: Array, data: Tensor, first: int, check: Callable[[], None] = lambda: None) -> None:
         """Raises InvalidInput for the first bad row of an array's rows (n, ...) from row `first` on."""
-        excluded = self.rows.get("excluded") if array.per_row else None
         multilabel = self.task is Task.MULTILABEL
-        check_values(array, data, first=first, multilabel=multilabel, excluded=excluded, check=check)
+        check_values(array, data, first=first, multilabel=multilabel, excluded=self._excluded(array), check=check)
+
+    def _excluded(self, array: Array) -> Callable[[Tensor], Tensor] | None:
+        """What tells of some of the array's rows (r,) which are excluded, (r,) bool; None: none are."""
+        gone = self.rows.get("excluded")
+        if gone is None or not array.per_row:
+            return None
+        if self.items is None or array.unit == "item":
+            return lambda rows: torch.isin(rows, gone)
+        item_rows = self.items.array.data
+        assert item_rows is not None  # see checkable
+        return lambda rows: torch.isin(item_rows[rows].long(), gone)
 
     def check_weights(self) -> None:
         """Raises InvalidInput where no row that counts has any weight, as far as weights are here."""
         for array in self.read:
-            if array.name == WEIGHTS and array.data is not None:
-                weighty = array.data > 0
-                if array.per_row and "excluded" in self.rows:
-                    weighty[self.rows["excluded"]] = False
+            if array.name == WEIGHTS and array.data is not None and self.checkable(array):
+                weighty, excluded = array.data > 0, self._excluded(array)
+                if excluded is not None:
+                    weighty &= ~excluded(torch.arange(len(weighty)))
                 if not weighty.any():
                     raise InvalidInput(f"{array.path} must not all be 0; they are", field=array.path)
 
@@ -149,6 +177,27 @@ class Request:
         return self.letters["N"]
 
     @property
+    def num_items(self) -> int:
+        """The number of what is chosen among: rows, or items; N as long as only rows to come tell of these."""
+        return self.size if self.items is None else self.items.size or self.size
+
+    @property
+    def _unit(self) -> str:
+        """What is chosen: rows or items."""
+        return "row" if self.items is None else "item"
+
+    @property
+    def notices(self) -> list[Notice]:
+        """What the caller should know, once everything is here."""
+        if self.items is None or self.items.occupied is None:
+            return self.said
+        inert = (self._free() & ~self.items.occupied).nonzero().squeeze(1)
+        if not len(inert):
+            return self.said
+        words = f"{len(inert)} item{'s have' if len(inert) > 1 else ' has'} no rows in pool.item_rows: never chosen"
+        return [*self.said, Notice(NoticeCode.INERT_ROWS, words, inert)]
+
+    @property
     def arrays(self) -> Iterator[Array]:
         """Every tensor of the request."""
         yield from self.inputs.values()
@@ -156,6 +205,8 @@ class Request:
             yield from reference.inputs.values()
         yield from self.row_lists.values()
         yield from self.terms.arrays
+        if self.items is not None:
+            yield self.items.array
         if isinstance(self.ids, Array):
             yield self.ids
 
@@ -224,6 +275,8 @@ class Request:
 
     def _check_names(self) -> None:
         strategy = self.strategy
+        if self.items is not None:
+            self.items.check(strategy)
         if "probabilities" in self.inputs and "logits" in self.inputs:
             raise InvalidInput(
                 "pool needs exactly one of probabilities and logits; the request has both", field="pool.logits"
@@ -248,7 +301,7 @@ class Request:
         unread += [each.path for each in self.references if each.role not in strategy.roles and not each.inputs]
         if unread:
             message = f"{strategy.name} does not read {', '.join(unread)}"
-            self.notices.append(Notice(NoticeCode.UNUSED_INPUT, message))
+            self.said.append(Notice(NoticeCode.UNUSED_INPUT, message))
         self.terms.check(strategy, self.max_items)
 
     def _check_shapes(self) -> dict[str, int]:
@@ -258,11 +311,16 @@ class Request:
             if self.num_rows < 1:
                 raise InvalidInput(f"pool.num_rows must be at least 1; it is {self.num_rows}", field="pool.num_rows")
             sizes["N"] = (self.num_rows, "pool.num_rows")
+        of_each = "N" if self.items is None else "I"  # of what is chosen
+        if self.items is not None:
+            if self.items.told is not None:
+                sizes["I"] = self.items.told
+            unify(dataclasses.replace(self.items.array, letters="N"), sizes)
         for array in (*self.inputs.values(), *self.terms.arrays):
             unify(array, sizes)
         check_shapes(self.references, sizes)
         if isinstance(self.ids, list):
-            unify(Array("pool.ids", torch.uint8, (len(self.ids),), None, "N"), sizes)
+            unify(Array("pool.ids", torch.uint8, (len(self.ids),), None, of_each), sizes)
         elif self.ids is not None:
             unify(self.ids, sizes)
         if "N" not in sizes:
@@ -274,14 +332,17 @@ class Request:
         for array in self.row_lists.values():
             if len(array.shape) != 1:
                 raise InvalidInput(
-                    f"{array.path} needs a list of rows, or a mask of shape (N); it has {shape_text(array.shape)}",
+                    f"{array.path} needs a list of {self._unit}s, or a mask of shape ({of_each}); "
+                    f"it has {shape_text(array.shape)}",
                     field=array.path,
                 )
-        size, _ = sizes["N"]
-        for array in self.row_lists.values():
-            if array.dtype is torch.bool and array.shape != (size,):
-                shape = shape_text(array.shape)
-                raise InvalidInput(f"{array.path} needs a mask of shape ({size}); it has {shape}", field=array.path)
+            if array.dtype is torch.bool:
+                size, _ = sizes.setdefault(of_each, (array.shape[0], array.path))
+                if array.shape != (size,):
+                    shape = shape_text(array.shape)
+                    raise InvalidInput(f"{array.path} needs a mask of shape ({size}); it has {shape}", field=array.path)
+        if self.items is not None:
+            self.items.told = sizes.get("I")
         return {letter: size for letter, (size, _) in sizes.items()}
 
     def _check_types(self) -> None:
@@ -295,30 +356,63 @@ class Request:
 
     @property
     def answer_bytes(self) -> int:
-        """The bytes of the answer's tensors: an index and a score per pick, what every row has when asked for."""
-        return 16 * (self.max_items or 0) + 8 * self.size * (self.want_pool_scores + self.want_pseudo_labels)
+        """The bytes of the answer's tensors: an index and a score per pick, what every item has when asked for."""
+        return 16 * (self.max_items or 0) + 8 * self.num_items * (self.want_pool_scores + self.want_pseudo_labels)
 
     @property
     def extra_bytes(self) -> int:
         """The memory that `problem` takes beside the inputs: lists of rows, masks, and inputs without excluded rows."""
         lengths = (len(self.rows.get(name, range(*array.shape))) for name, array in self.row_lists.items())
-        extra = self.size + 24 * sum(lengths)  # as they came, as rows, and sorted
+        extra = 3 * self.num_items + 24 * sum(lengths)  # as they came, as rows, and sorted
         if len(self.references) > 1:  # those of one role become one tensor
             extra += sum(array.nbytes for each in self.references for array in each.inputs.values())
         if "excluded" in self.row_lists and not self.strategy.pointwise:
             extra += self.sizes.inputs
         if "excluded" in self.row_lists:
-            extra += 24 * self.size + self.terms.nbytes(self.size)
-        return extra + self.terms.nbytes(self.size)
+            extra += 24 * self.num_items + self.terms.nbytes(self.num_items)
+        return extra + self.terms.nbytes(self.num_items)
+
+    @property
+    def working_bytes(self) -> int:
+        """The most memory that `Problem.solve` takes beside the inputs."""
+        sizes, items = self.sizes, self.num_items
+        working = self.strategy.memory(dataclasses.replace(sizes, N=items), self.spec)
+        if self.items is not None and self.strategy.pointwise:  # rows are scored, and then their scores put together
+            scoring = self.strategy.memory(sizes, self.spec)
+            working = max(working, scoring) + self.items.memory(self.size, items)
+        return working + self.terms.memory(items, sizes.k)
+
+    @property
+    def moved_bytes(self) -> int:
+        """The bytes beside inputs that a device with memory of its own is given: limits, and the items of rows."""
+        of_rows = self.items.array.nbytes if self.items is not None and self.strategy.pointwise else 0
+        return self.terms.nbytes(self.num_items) + of_rows
 
     @property
     def num_candidates(self) -> int:
         """The number of rows that may be chosen; while row lists are still to come, the most that it may be."""
+        if self.items is not None and self.items.occupied is not None:
+            return int((self._free() & self.items.occupied).count_nonzero())
+        most = self.num_items - sum(len(self.rows[name]) for name in self._apart if name in self.rows)
         if "candidates" in self.rows:
-            return len(self.rows["candidates"])
+            most = len(self.rows["candidates"])
+        return min(most, self.size)  # no more items have rows than there are rows
+
+    @property
+    def _apart(self) -> tuple[str, ...]:
+        """The lists of rows that may not be chosen."""
         # Labelled rows may be chosen where they are listed as candidates, which is known when that list is here.
-        apart = ("pending", "excluded") if "candidates" in self.row_lists else ("labeled", "pending", "excluded")
-        return self.size - sum(len(self.rows[name]) for name in apart if name in self.rows)
+        return ("pending", "excluded") if "candidates" in self.row_lists else ("labeled", "pending", "excluded")
+
+    def _free(self) -> Tensor:
+        """Which rows may be chosen as far as row lists are here, (n,) bool; items whether they have rows or not."""
+        free = torch.ones(self.num_items, dtype=torch.bool)
+        for name in self._apart:
+            if name in self.rows:
+                free[self.rows[name]] = False
+        if "candidates" in self.rows:
+            free.zero_()[self.rows["candidates"]] = True
+        return free
 
     def _check_budget(self) -> None:
         if self.max_items is None:
@@ -332,6 +426,7 @@ class Request:
         letters = self.letters
         checks = (
             ("rows", self.size, settings.max_rows, "max_rows", "pool"),
+            (f"{self._unit}s", self.num_items, settings.max_rows, "max_rows", "pool"),
             ("embedding dimensions", letters.get("D", 0), settings.max_dims, "max_dims", "pool.embeddings"),
             ("classes", letters.get("C", 0), settings.max_classes, "max_classes", "pool"),
             ("budget", self.max_items or 0, settings.max_budget, "max_budget", "stop.max_items"),
@@ -361,7 +456,9 @@ class Request:
         """
         inputs = self.tensors()
         kept: Tensor | None = None
-        rows, size = dict(self.rows), self.size
+        rows, size, candidates = dict(self.rows), self.num_items, self._free()
+        if self.items is not None and self.items.occupied is not None:
+            candidates &= self.items.occupied
         if len(rows.get("excluded", ())):
             keep = torch.ones(size, dtype=torch.bool)
             keep[rows.pop("excluded")] = False
@@ -371,16 +468,11 @@ class Request:
             if not self.strategy.pointwise:
                 rowwise = strategies.per_row(self.strategy, inputs)
                 inputs = {name: _take(x, kept, check) if name in rowwise else x for name, x in inputs.items()}
-            size = len(kept)
+            size, candidates = len(kept), candidates[kept]
         context = torch.cat([torch.empty(0, dtype=torch.int64), *(rows[name] for name in CONTEXT if name in rows)])
-        candidates = torch.ones(size, dtype=torch.bool)
-        for name in CONTEXT:
-            candidates[rows.get(name, context[:0])] = False
-        if "candidates" in rows:
-            candidates = torch.zeros(size, dtype=torch.bool)
-            candidates[rows["candidates"]] = True
         limits = self.terms.limits(lambda x: x if kept is None else _take(x, kept, check))
-        return Problem(self, inputs, size, candidates, context.sort().values, limits, kept, scores)
+        item_rows = self.items.array.data if self.items is not None and self.strategy.pointwise else None
+        return Problem(self, inputs, size, candidates, context.sort().values, limits, kept, scores, item_rows)
 
 
 def _take(x: Tensor, rows: Tensor, check: Callable[[], None]) -> Tensor:
@@ -393,11 +485,12 @@ def _take(x: Tensor, rows: Tensor, check: Callable[[], None]) -> Tensor:
 
 @dataclass
 class Problem:
-    """A request without its excluded rows, ready for a kernel.
+    """A request without its excluded rows, ready for a kernel. With items of several rows, these are its rows.
 
     inputs: without excluded rows too, but for strategies that score rows one by one. candidates: (n,) bool. context:
     (l,) rows. limits: what is asked of the picks together. kept: (n,) the request's row of each row here, None where
-    all are. scores: (N,) of a pointwise strategy whose rows were scored as they came, excluded ones too.
+    all are. scores: (N,) of a pointwise strategy whose rows were scored as they came, excluded ones too. item_rows:
+    (N,) of a pointwise strategy that chooses among items.
     """
 
     request: Request
@@ -408,6 +501,7 @@ class Problem:
     limits: Limits
     kept: Tensor | None
     scores: Tensor | None
+    item_rows: Tensor | None = None
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Problem:
         """The same where `move` puts its tensors."""
@@ -417,6 +511,7 @@ class Problem:
             candidates=move(self.candidates),
             context=move(self.context),
             limits=self.limits.mapped(move),
+            item_rows=None if self.item_rows is None else move(self.item_rows),
         )
 
     def solve(self, pool: Shards) -> Selection:
@@ -467,20 +562,25 @@ class Problem:
         )
 
     def _scores(self, pool: Shards) -> Tensor | None:
-        """The scores (n,) of the rows here where rows are scored one by one, in blocks of all rows of the request."""
+        """The scores (n,) of the rows here where rows are scored one by one, in blocks of all rows of the request.
+
+        With items, those of the items here, made of their rows' scores.
+        """
         request = self.request
         if not request.strategy.pointwise:
             return None
         scores = self.scores
         if scores is None:
             scores = strategies.score(request.strategy, self.inputs, request.spec, request.task, pool, request.kinds)
+        if request.items is not None and self.item_rows is not None:
+            scores = request.items.aggregate(scores, self.item_rows, pool)
         return scores if self.kept is None else scores[self.kept.to(scores.device)]
 
     def _spread(self, values: Tensor, missing: float) -> Tensor:
         """Values (n,) of the rows here for all rows of the request, (N,)."""
         if self.kept is None:
             return values
-        return torch.full((self.request.size,), missing, dtype=values.dtype).index_put((self.kept,), values)
+        return torch.full((self.request.num_items,), missing, dtype=values.dtype).index_put((self.kept,), values)
 
     def _original(self, rows: Tensor) -> Tensor:
         """The request's rows of rows here, on the host."""

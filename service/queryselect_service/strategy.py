@@ -175,6 +175,16 @@ class Strategy:
         return self.pointwise or "choice" in self.keywords
 
     @property
+    def can_be_base(self) -> bool:
+        """Whether another strategy can build on its scores."""
+        return self.pointwise and not self.base_parameter
+
+    @property
+    def serves_items(self) -> bool:
+        """Whether items of several rows can be chosen: where rows have scores of their own, or none is read."""
+        return self.pointwise or not any(each.role is None and each.shape.startswith("N") for each in self.inputs)
+
+    @property
     def summary(self) -> str:
         """The first line of the kernel's documentation."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
@@ -229,11 +239,16 @@ STRATEGIES: dict[str, Strategy] = {}
 PLUGINS: dict[str, Strategy] = {}
 
 
+def bases() -> dict[str, Strategy]:
+    """The strategies whose scores another one can build on, by name."""
+    return {name: STRATEGIES[name] for name in sorted(STRATEGIES) if STRATEGIES[name].can_be_base}
+
+
 def _base(strategy: Strategy, name: str) -> Strategy:
     """The strategy whose scores another one builds on."""
-    known = {each.name: each for each in STRATEGIES.values() if each.pointwise and not each.base_parameter}
+    known = bases()
     if name not in known:
-        words = f"{strategy.base_parameter} must be one of {', '.join(sorted(known))}; it is {name!r}"
+        words = f"{strategy.base_parameter} must be one of {', '.join(known)}; it is {name!r}"
         raise InvalidInput(words, field=strategy.base_parameter)
     return known[name]
 
@@ -442,7 +457,8 @@ def select(
     """Runs a strategy on checked inputs.
 
     inputs: tensors by name, N rows each where their shape says N. candidates: (n,) bool. context: (l,) int64. scores:
-    (n,) float64, where the strategy scores rows one by one and they have been scored already. kinds: what samples are,
+    (n,) float64, where the strategy scores rows one by one and they have been scored already; then n may be the number
+    of items that they are scores of. kinds: what samples are,
     by input; probabilities where it does not say.
     Returns k picks, or fewer where the limits end the selection; the caller has checked that there are k candidates,
     and that the strategy can keep to the limits.

@@ -97,6 +97,8 @@ class Upload:
         self._buffers = {path: _bytes(array.nbytes) for path, array in self._expected.items() if path not in apart}
         # What must be here before rows can be looked at: lists of rows, and inputs that are not per row.
         self._first = {path for path in self._buffers if not self._expected[path].per_row}
+        # What is here and could not be looked at before.
+        self._late = [array for array in request.read if array.data is not None and not request.checkable(array)]
         # Rows whose values were looked at.
         self._checked = {array.path: 0 for array in request.read if array.path in self._buffers and array.per_row}
 
@@ -150,6 +152,7 @@ class Upload:
             missing = array.nbytes - self._coverage[path].total
             if missing:
                 raise DataLoss(f"{missing} of {array.nbytes} bytes of {path} did not come")
+        self._check()
         self._request.check_weights()
 
     def _complete(self, path: str) -> None:
@@ -169,6 +172,10 @@ class Upload:
         """Looks at the values of rows that are complete, in order, and hands out full blocks."""
         if self._first:
             return
+        while self._late:
+            array = self._late.pop(0)
+            assert array.data is not None  # or it would not stand there
+            self._request.check_values(array, array.data, 0, self._look)
         for path, checked in self._checked.items():
             array = self._expected[path]
             rows = self._coverage[path].prefix // _row_bytes(array)

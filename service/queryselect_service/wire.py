@@ -16,7 +16,7 @@ import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -29,9 +29,11 @@ from torch import Tensor
 
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from queryselect_service import spec as specs
+from queryselect_service import strategy as strategies
 from queryselect_service.checks import Array, elements, shape_text
 from queryselect_service.engine import Times
 from queryselect_service.errors import InvalidInput, OverLimit, Unsupported
+from queryselect_service.items import ItemAggregation, Items
 from queryselect_service.quotas import Quota, QuotaLimit
 from queryselect_service.references import REFERENCE_INPUTS, Reference
 from queryselect_service.request import INPUTS, ROW_LISTS, Request
@@ -72,6 +74,8 @@ DTYPES = {
     tensor_pb2.DATA_TYPE_BOOL: torch.bool,
 }
 NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
+#: The pool's fields that tell of items of several rows.
+ITEM_FIELDS = ("item_rows", "item_aggregation", "item_top_k", "num_items")
 #: Row numbers that one warning carries.
 WARNING_ROWS = 1000
 RECOMMENDED_CHUNK_BYTES = 1 << 20
@@ -107,7 +111,7 @@ def decode(message: selection_pb2.SelectRequest, buffers: Buffers | None, settin
             field="references",
         )
     read = _served(None)
-    _refuse_unserved(pool, "pool.", {*read, *ROW_LISTS, "costs", "quotas", "ids", "num_rows"})
+    _refuse_unserved(pool, "pool.", {*read, *ROW_LISTS, *ITEM_FIELDS, "costs", "quotas", "ids", "num_rows"})
     returns = {_enum_name(selection_pb2.Return.DESCRIPTOR, value, "returns") for value in message.returns}
     for name in returns - {"UNSPECIFIED", "POOL_SCORES", "PSEUDO_LABELS"}:
         raise Unsupported(f"this server does not return {name}", field="returns")
@@ -124,6 +128,7 @@ def decode(message: selection_pb2.SelectRequest, buffers: Buffers | None, settin
         ],
         row_lists=_decode_tensors(pool, "pool", dict.fromkeys(ROW_LISTS, ""), buffers),
         terms=_decode_terms(message, buffers, settings),
+        items=_decode_items(pool, buffers, settings),
         num_rows=pool.num_rows if pool.HasField("num_rows") else None,
         max_items=message.stop.max_items if message.stop.HasField("max_items") else None,
         task=Task.MULTICLASS if task == "UNSPECIFIED" else Task(task),
@@ -208,20 +213,42 @@ def _decode_terms(message: selection_pb2.SelectRequest, buffers: Buffers | None,
     pool, stop = message.pool, message.stop
     if len(pool.quotas) > settings.max_quotas:
         raise OverLimit("quotas", len(pool.quotas), settings.max_quotas, name="max_quotas", field="pool.quotas")
-    quotas, values = [], []
+    quotas, values, letter = [], [], _chosen(pool)
     for at, each in enumerate(pool.quotas):
         path = f"pool.quotas[{at}]"
         if not each.HasField("values"):
-            raise InvalidInput(f"{path} needs values of shape (N); it has none", field=f"{path}.values")
-        values.append(decode_tensor(each.values, f"{path}.values", buffers, "N"))
+            raise InvalidInput(f"{path} needs values of shape ({letter}); it has none", field=f"{path}.values")
+        values.append(decode_tensor(each.values, f"{path}.values", buffers, letter))
         limits = tuple(_decode_limit(limit, f"{path}.limits[{place}]") for place, limit in enumerate(each.limits))
         quotas.append(Quota(each.name or path, each.default_max if each.HasField("default_max") else None, limits))
     return Terms(
         quotas=tuple(quotas),
         values=tuple(values),
-        costs=decode_tensor(pool.costs, "pool.costs", buffers, "N") if pool.HasField("costs") else None,
+        costs=decode_tensor(pool.costs, "pool.costs", buffers, letter) if pool.HasField("costs") else None,
         max_cost=stop.max_cost if stop.HasField("max_cost") else None,
         min_gain=stop.min_gain if stop.HasField("min_gain") else None,
+    )
+
+
+def _chosen(pool: selection_pb2.Pool) -> str:
+    """The letter of what is chosen among: items, where rows tell theirs, or rows."""
+    return "I" if pool.HasField("item_rows") else "N"
+
+
+def _decode_items(pool: selection_pb2.Pool, buffers: Buffers | None, settings: Settings) -> Items | None:
+    name = _enum_name(selection_pb2.ItemAggregation.DESCRIPTOR, pool.item_aggregation, "pool.item_aggregation")
+    if not pool.HasField("item_rows"):
+        for field, value in pool.ListFields():
+            if field.name in ITEM_FIELDS and not (field.enum_type and value == 0):  # UNSPECIFIED is as if unset
+                words = f"pool.{field.name} needs pool.item_rows of shape (N); the request has none"
+                raise InvalidInput(words, field="pool.item_rows")
+        return None
+    return Items(
+        array=decode_tensor(pool.item_rows, "pool.item_rows", buffers),
+        aggregation=ItemAggregation.MEAN if name == "UNSPECIFIED" else ItemAggregation(name),
+        top_k=pool.item_top_k if pool.HasField("item_top_k") else None,
+        most=settings.max_rows,
+        told=(pool.num_items, "pool.num_items") if pool.HasField("num_items") else None,
     )
 
 
@@ -234,7 +261,7 @@ def _decode_limit(limit: selection_pb2.QuotaLimit, path: str) -> QuotaLimit:
 def _decode_ids(pool: selection_pb2.Pool, buffers: Buffers | None) -> Array | list[str] | None:
     kind = pool.ids.WhichOneof("kind")
     if kind == "integers":
-        return decode_tensor(pool.ids.integers, "pool.ids.integers", buffers, "N")
+        return decode_tensor(pool.ids.integers, "pool.ids.integers", buffers, _chosen(pool))
     if kind == "strings":
         return list(pool.ids.strings.values)
     if pool.HasField("ids"):
@@ -352,7 +379,12 @@ def describe(strategy: Strategy) -> strategy_pb2.StrategyDescription:
             for role in strategy.roles
         ],
         tasks=[strategy_pb2.Task.Value(f"TASK_{task}") for task in strategy.tasks],
-        parameters=[_describe_parameter(each, hints[each.name]) for each in dataclasses.fields(strategy.spec)],
+        parameters=[
+            _describe_parameter(
+                each, hints[each.name], strategies.bases() if each.name == strategy.base_parameter else ()
+            )
+            for each in dataclasses.fields(strategy.spec)
+        ],
         cost=strategy.cost,
         seeded=strategy.seeded,
         pool_scores=strategy.pool_scores,
@@ -361,6 +393,7 @@ def describe(strategy: Strategy) -> strategy_pb2.StrategyDescription:
         citation=strategy.citation,
         custom=strategy.custom,
         base_parameter=strategy.base_parameter or None,
+        items=strategy.serves_items,
     )
 
 
@@ -378,14 +411,17 @@ def _describe_inputs(strategy: Strategy, role: ReferenceRole | None) -> list[str
 _PARAMETER_TYPES = {bool: "BOOL", int: "INT", float: "FLOAT", str: "STRING"}
 
 
-def _describe_parameter(field: dataclasses.Field[Any], hint: Any) -> strategy_pb2.ParameterDescription:
+def _describe_parameter(
+    field: dataclasses.Field[Any], hint: Any, known: Iterable[str]
+) -> strategy_pb2.ParameterDescription:
+    """known: the values that it can have beside those of an enum."""
     kind, _ = specs.value_type(hint)
-    names = getattr(kind, "__members__", None)
+    names = [*getattr(kind, "__members__", ()), *known]
     low, high = field.metadata["low"], field.metadata["high"]
     text = strategy_pb2.ParameterDescription(
         name=field.name,
         type=strategy_pb2.ParameterType.Value(f"PARAMETER_TYPE_{_PARAMETER_TYPES.get(kind, 'ENUM')}"),
-        values=names or (),
+        values=names,
         minimum=low,
         maximum=high,
         doc=field.metadata["doc"],

@@ -47,11 +47,14 @@ POOL = {
 POOL["embeddings"][200:] = POOL["embeddings"][:100]  # ties
 POOL["embeddings"][50] = 0.0  # inert where rows are normalized
 #: Rows beside the pool, for strategies that can't do without.
-VALIDATION = {
-    "embeddings": RNG.normal(size=(40, 5)).astype("f4"),
-    "gradients": RNG.normal(size=(40, 6)),
-    "logits": RNG.normal(size=(40, 4)),
-    "labels": RNG.integers(0, 4, 40),
+REFERENCES = {
+    "VALIDATION": {
+        "embeddings": RNG.normal(size=(40, 5)).astype("f4"),
+        "gradients": RNG.normal(size=(40, 6)),
+        "logits": RNG.normal(size=(40, 4)),
+        "labels": RNG.integers(0, 4, 40),
+    },
+    "TARGET": {"samples": RNG.dirichlet(np.ones(4), (40, 3)), "weights": RNG.random(40)},
 }
 KINDS = [each.name for each in strategy_pb2.Strategy.DESCRIPTOR.oneofs_by_name["kind"].fields if each.name != "custom"]
 
@@ -87,8 +90,11 @@ def test_every_strategy_gives_the_same_here_and_there(local: Client, remote: Cli
             assert caught.value.field == "task"
         return
     options = {**POOL, "task": task, "seed": 7, "return_pool_scores": description.pool_scores, "ids": range(N)}
-    if [each.role for each in description.references] == ["VALIDATION"]:
-        options |= {"reference": VALIDATION, "returns": ["PSEUDO_LABELS"]}
+    for each in description.references:
+        if each.role in REFERENCES:
+            options["reference"] = REFERENCES[each.role]
+    if description.pseudo_labels:
+        options["returns"] = ["PSEUDO_LABELS"]
     here, there = (told(client.select(name, 20, **options)) for client in (local, remote))
     assert here == there
     assert len(set(here["indices"])) == 20
@@ -140,6 +146,12 @@ def test_a_plug_in_gives_the_same_here_and_there(local: Client, remote: Client, 
         ("random", {"num_rows": 10, "budget": None}),
         ("random", {"num_rows": 10, "labeled": [1], "pending": [1]}),
         ("random", {"num_rows": 10, "item_rows": np.ones(10)}),
+        ("random", {"num_rows": 10, "item_rows": -np.ones(10, int)}),
+        ("random", {"item_rows": [0, 0, 2], "labeled": [3]}),
+        ("random", {"item_rows": [0, 0, 2], "budget": 3}),
+        ("random", {"item_rows": [0, 0, 2], "num_items": 2}),
+        ("random", {"num_rows": 10, "item_top_k": 2}),
+        ("k_center_greedy", {"embeddings": POOL["embeddings"], "item_rows": np.zeros(N, int)}),
         ("random", {"groups": [1, 2], "num_rows": 10}),
         ("margin", {"logits": POOL["logits"], "costs": -np.ones(N)}),
         ("margin", {"logits": POOL["logits"], "min_gain": 1.0}),

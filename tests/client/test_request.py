@@ -309,6 +309,9 @@ def test_a_wrong_value_is_named(fake: Fake, recorded: Client, options: dict[str,
 def test_a_missing_input_is_told_with_what_came(fake: Fake, recorded: Client, options: Any, came: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         recorded.submit("margin", 1, **options)
-    assert str(caught.value) == f"margin needs pool.probabilities or pool.logits of shape (N C); the request has {came}"
+    assert (
+        str(caught.value)
+        == f"margin needs pool.probabilities or pool.logits or pool.samples of shape (N C); the request has {came}"
+    )
     assert caught.value.field == "pool.probabilities"
     assert not fake.requests

@@ -22,6 +22,7 @@ import queryselect_service
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from queryselect_service import strategy as strategies
 from queryselect_service import wire
+from queryselect_service.items import ItemAggregation
 from queryselect_service.references import REFERENCE_INPUTS
 from queryselect_service.request import INPUTS, ROW_LISTS
 from queryselect_service.settings import Settings
@@ -100,11 +101,12 @@ class TestEveryStrategy:
         assert all(each.doc and each.type for each in found.parameters)
         for told, field in zip(found.parameters, dataclasses.fields(strategy.spec), strict=True):
             is_enum = told.type == strategy_pb2.PARAMETER_TYPE_ENUM
-            assert bool(told.values) == is_enum
+            assert bool(told.values) == (is_enum or told.name == strategy.base_parameter)
             assert told.HasField("minimum") == (field.metadata["low"] is not None)
             assert told.HasField("default") == (field.default is not None)
             assert not told.values or told.range == ", ".join(told.values)
         assert (found.seeded, found.pool_scores, found.custom) == (strategy.seeded, strategy.pool_scores, False)
+        assert found.items == strategy.serves_items
         assert strategy_pb2.ScoreKind.Name(found.score_kind) == f"SCORE_KIND_{strategy.score_kind}"
         assert len(found.tasks) == len(strategy.tasks) > 0
 
@@ -130,6 +132,7 @@ def test_a_reference_set_has_the_inputs_that_the_service_knows():
         (strategies.ScoreKind, strategy_pb2.ScoreKind),
         (strategies.Task, strategy_pb2.Task),
         (strategies.ReferenceRole, selection_pb2.ReferenceRole),
+        (ItemAggregation, selection_pb2.ItemAggregation),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )

@@ -21,7 +21,7 @@ from queryselect_service.spec import build
 strategies.load()
 pytestmark = pytest.mark.gpu
 DEVICE = os.environ.get("QUERYSELECT_TEST_DEVICE", "cuda")
-N, M, D, C = 20_000, 2000, 96, 12
+N, M, D, C, K = 20_000, 2000, 96, 12, 10
 KERNELS = [
     {"kernel": kernel, "coarse_products": coarse} for kernel in ("PCC", "SUM", "LAST_LAYER") for coarse in (False, True)
 ]
@@ -29,6 +29,10 @@ KERNELS = [
 
 def make(name: str, rows: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(rows)
+    if name.endswith("samples"):
+        return (2 * torch.randn(rows, K, C, generator=generator)).softmax(2)
+    if name.endswith("weights"):
+        return torch.rand(rows, generator=generator)
     if name.endswith("labels"):
         return torch.randint(C, (rows,), generator=generator)
     if name.endswith("probabilities"):
@@ -38,6 +42,7 @@ def make(name: str, rows: int) -> torch.Tensor:
 
 def make_inputs(strategy: strategies.Strategy) -> dict[str, torch.Tensor]:
     """Those that have to be there; beside reference rows, classes too, and scales with gradients."""
+    strategy = strategy.bound(strategy.spec(), ())
     refers, found = any(each.role for each in strategy.inputs), {}
     for each in strategy.inputs:
         rows = M if each.role else N

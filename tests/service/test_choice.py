@@ -149,7 +149,7 @@ def test_a_walk_in_small_batches_is_the_same(problem, batch):
 @settings(max_examples=100, deadline=None)
 @given(problem=problems())
 def test_picks_keep_to_the_limits_and_the_reason_is_the_one(problem):
-    scores, k, candidates, limits = problem
+    _, k, candidates, limits = problem
     choice = walked(*problem)
     picks = choice.picks
     assert len(set(picks)) == len(picks) <= k
@@ -163,11 +163,19 @@ def test_picks_keep_to_the_limits_and_the_reason_is_the_one(problem):
     short = len(picks) < k
     assert (choice.stop_reason is StopReason.MAX_ITEMS) == (not short)
     assert any("picks:" in each.message for each in choice.notices) == short
-    if choice.stop_reason is StopReason.MAX_COST:  # more money would have bought more
-        richer = limits_of(
-            *zip(limits.quotas, map(list, limits.values), strict=True), costs=limits.costs.tolist(), max_cost=1e9
-        )
-        assert len(walked(scores, k, candidates, richer).picks) > len(picks)
+    if choice.stop_reason is StopReason.MAX_COST:  # there is a row that no quota holds back, too dear for what is left
+        left = limits.max_cost - choice.cost_of(torch.tensor(picks, dtype=torch.int64))
+        taken = [values[picks].tolist() for values in limits.values]
+        rest = [
+            row
+            for row in set(candidates.nonzero().squeeze(1).tolist()) - set(picks)
+            if all(
+                its.count(int(values[row])) < most(quota, int(values[row]))
+                for quota, values, its in zip(limits.quotas, limits.values, taken, strict=True)
+            )
+        ]
+        assert rest
+        assert limits.costs[rest].min() > left - 1e-9
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,6 +7,7 @@ not count, and what is freed goes back at once: glibc keeps pieces of up to 32 M
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 
 from queryselect_service import strategy as strategies
 from queryselect_service.checks import Array
+from queryselect_service.items import ItemAggregation, Items
 from queryselect_service.quotas import Quota
 from queryselect_service.shards import Whole
 from queryselect_service.spec import build
@@ -41,6 +43,7 @@ class Case:
     offset: float = 0.0  # of embeddings from the origin
     quotas: int = 0  # with as many groups as picks, one pick each, and costs
     references: int = 0  # rows of a set beside the pool
+    samples: int = 0  # K
 
 
 CASES = [
@@ -75,6 +78,26 @@ CASES = [
     Case("fisher_kernel", 30_000, 1536, k=200, references=3_000, params=(("kernel", "PCC"),)),
     Case("fisher_kernel", 200_000, 384, 10, k=100, references=2_000, params=(("kernel", "LAST_LAYER"),)),
     Case("fisher_kernel", 1_000_000, 32, k=1000, references=1_000, params=(("kernel", "PCC"),)),
+    Case("variation_ratio", 200_000, 10, samples=50),
+    Case("mean_std", 200_000, 10, samples=50),
+    Case("predictive_entropy", 200_000, 10, samples=50, dtype="float64"),
+    Case("bald", 200_000, 10, samples=100),
+    Case("bald", 4_000, 1000, samples=100, k=10),
+    Case("bald", 50_000, 20, samples=50, task="MULTILABEL"),
+    Case("bald", 20_000, 12, samples=50, task="MULTILABEL", params=(("label_aggregation", "JOINT"),)),
+    Case("bald", 200, 30, samples=100, k=10, task="MULTILABEL", params=(("label_aggregation", "JOINT"),)),
+    Case("vote_entropy", 200_000, 10, samples=50),
+    Case("consensus_kl", 100_000, 77, samples=20),
+    Case("max_disagreement", 100_000, 77, samples=20),
+    Case("power_bald", 3_000_000, 4, samples=5),
+    Case("power_bald", 3_000_000, 4, samples=5, params=(("form", "SOFTRANK"),)),
+    Case("epig", 20_000, 10, samples=50, references=500, k=10),
+    Case("epig", 5_000, 10, samples=50, references=20_000, k=10),
+    Case("epig", 5_000, 10, samples=50, references=200, k=10, task="MULTILABEL"),
+    Case("batch_bald", 20_000, 10, samples=100, k=8),
+    Case("batch_bald", 10_000, 77, samples=100, k=10),
+    Case("batch_bald", 5_000, 10, samples=100, k=8, params=(("num_samples", 300_000),)),
+    Case("batch_bald", 300_000, 3, samples=10, k=20, params=(("num_samples", 500),)),
     Case(
         "fisher_kernel",
         100_000,
@@ -87,24 +110,35 @@ CASES = [
 ]
 
 
-def letters(case: Case) -> dict[str, str]:
-    """The second letter of the inputs that a case gives, by name: those that have to be there, scales as embeddings.
+def bound(case: Case) -> strategies.Strategy:
+    """The strategy with what it reads by its parameters."""
+    strategy = STRATEGIES[case.strategy]
+    return strategy.bound(build(strategy.spec, dict(case.params)), ())
+
+
+def letters(case: Case) -> dict[str, list[str]]:
+    """The letters after the first of the inputs that a case gives, by name: those that have to be there, scales as
+    embeddings.
 
     With classes of its own, a case that has references gives probabilities on both sides.
-    """
+    """  # fmt: skip
     found = {}
-    for each in STRATEGIES[case.strategy].inputs:
+    for each in bound(case).inputs:
         if each.required:
             name = each.name.replace("scales", "embeddings")
-            found[name] = "D" if each.field == "scales" else each.shape[-1]
+            found[name] = ["D"] if each.field == "scales" else each.shape.split()[1:]
     if case.references and case.classes:
-        found |= {"probabilities": "C", "validation_probabilities": "C"}
+        found |= {"probabilities": ["C"], "validation_probabilities": ["C"]}
     return found
 
 
 def widths(case: Case) -> dict[str, int]:
-    """The sizes of D and C."""
-    return {"D": case.width, "C": case.classes or case.width}
+    """The sizes of D, C and K."""
+    return {"D": case.width, "C": case.classes or case.width, "K": case.samples}
+
+
+def of_references(name: str) -> bool:
+    return name.startswith(("validation", "target"))
 
 
 def measure(case: Case) -> tuple[int, int]:
@@ -115,14 +149,14 @@ def measure(case: Case) -> tuple[int, int]:
 
     def run(rows: int, k: int, labeled: int, watched: bool) -> tuple[int, int]:
         inputs = {}
-        for name, letter in letters(case).items():
-            count = min(rows, case.references) if name.startswith("validation") else rows
-            x = np.random.default_rng(0).random((count, widths(case)[letter]), np.float32)
-            if name.endswith("probabilities") and case.task == "MULTICLASS":
-                x /= x.sum(1, keepdims=True)
+        for name, some in letters(case).items():
+            count = min(rows, case.references) if of_references(name) else rows
+            x = np.random.default_rng(0).random((count, *(widths(case)[letter] for letter in some)), np.float32)
+            if name.endswith(("probabilities", "samples")) and case.task == "MULTICLASS":
+                x /= x.sum(-1, keepdims=True)
             inputs[name] = torch.from_numpy(x).add_(case.offset).to(dtype)
             del x
-        if case.references:
+        if case.references and case.strategy == "fisher_kernel":
             count = min(rows, case.references)
             inputs["validation_labels"] = torch.arange(count) % (case.classes or 10)
             inputs["validation_misclassified"] = torch.arange(count) % 3 > 0
@@ -154,9 +188,10 @@ def limits_of(case: Case, rows: int, k: int) -> Limits:
 def estimate(case: Case) -> int:
     strategy, item = STRATEGIES[case.strategy], getattr(torch, case.dtype).itemsize
     inputs, sizes = 0, {}
-    for name, letter in letters(case).items():
-        sizes[letter] = widths(case)[letter]
-        inputs += (case.references if name.startswith("validation") else case.rows) * sizes[letter] * item
+    for name, some in letters(case).items():
+        sizes |= {letter: widths(case)[letter] for letter in some}
+        width = math.prod(sizes[letter] for letter in some)
+        inputs += (case.references if of_references(name) else case.rows) * width * item
     known = Sizes(
         entries=inputs // item,
         N=case.rows,
@@ -170,17 +205,58 @@ def estimate(case: Case) -> int:
     )
     arrays = tuple(Array("pool.quotas", torch.int64, (case.rows,)) for _ in range(case.quotas))
     terms = Terms(tuple(Quota("") for _ in arrays), arrays)
-    return strategy.memory(known, build(strategy.spec, dict(case.params))) + terms.memory(case.rows, case.k)
+    return bound(case).memory(known, build(strategy.spec, dict(case.params))) + terms.memory(case.rows, case.k)
 
 
-def measured(case: Case) -> tuple[int, int]:
+@dataclass(frozen=True)
+class ItemsCase:
+    rows: int
+    items: int
+    how: str = "MEAN"
+    ascending: bool = True
+    dtype: str = "int64"
+
+
+ITEMS_CASES = [
+    ItemsCase(5_000_000, 200_000),
+    ItemsCase(5_000_000, 200_000, ascending=False),
+    ItemsCase(5_000_000, 5_000_000, "MAX", ascending=False, dtype="int32"),
+    ItemsCase(5_000_000, 200_000, "TOP_K_MEAN", ascending=False),
+    ItemsCase(2_000_000, 8_000_000, "SUM", ascending=False),
+]
+
+
+def items_of(case: ItemsCase) -> Items:
+    return Items(Array("pool.item_rows", getattr(torch, case.dtype), (case.rows,)), ItemAggregation(case.how), 3, 0)
+
+
+def measure_items(case: ItemsCase) -> tuple[int, int]:
+    """The same of putting rows' scores together to those of items."""
+    from benchmarks.machine import Usage
+
+    def run(rows: int, items: int) -> tuple[int, int]:
+        of = (torch.arange(rows) * items // rows).to(getattr(torch, case.dtype))
+        of = of if case.ascending else of.flip(0)
+        scores, each = torch.ones(rows, dtype=torch.float64), items_of(case)
+        each.occupied = torch.ones(items, dtype=torch.bool)
+        usage = Usage(os.getpid())
+        with torch.inference_mode():
+            each.aggregate(scores, of, Whole(items))
+        return scores.nbytes + of.nbytes, int(usage.peak * 1e6)
+
+    run(500, 50)
+    return run(case.rows, case.items)
+
+
+def measured(case: Case | ItemsCase, way: str = "measure") -> tuple[int, int]:
     """The same in a process of its own: memory that one case leaves behind is none of the next's."""
     code = (
-        "import json, sys; from tests.service.test_memory import Case, measure;"
-        "case = json.loads(sys.argv[1]); case['params'] = tuple(map(tuple, case['params']));"
-        "print(json.dumps(measure(Case(**case))))"
+        "import json, sys; from tests.service import test_memory as here;"
+        "kind, way, case = *sys.argv[1:3], json.loads(sys.argv[3]);"
+        "case |= {'params': tuple(map(tuple, case['params']))} if 'params' in case else {};"
+        "print(json.dumps(getattr(here, way)(getattr(here, kind)(**case))))"
     )
-    command = [sys.executable, "-c", code, json.dumps(asdict(case))]
+    command = [sys.executable, "-c", code, type(case).__name__, way, json.dumps(asdict(case))]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -197,6 +273,18 @@ def test_every_strategy_is_measured():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, asdict(case).values())))
 def test_an_estimate_is_never_too_low_and_at_most_twice_too_high(case):
     (inputs, peak), expected = measured(case), estimate(case)
+    said = f"inputs {inputs / 1e6:.0f} MB, beside them {peak / 1e6:.0f} MB, estimated {expected / 1e6:.0f} MB"
+    assert peak <= expected, said
+    assert inputs + expected <= 2 * (inputs + peak), said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("case", ITEMS_CASES, ids=lambda case: "-".join(map(str, asdict(case).values())))
+def test_the_estimate_for_items_is_never_too_low_and_at_most_twice_too_high(case):
+    """The scores of rows are among the inputs here."""
+    inputs, peak = measured(case, "measure_items")
+    expected = items_of(case).memory(case.rows, case.items)
     said = f"inputs {inputs / 1e6:.0f} MB, beside them {peak / 1e6:.0f} MB, estimated {expected / 1e6:.0f} MB"
     assert peak <= expected, said
     assert inputs + expected <= 2 * (inputs + peak), said

@@ -105,6 +105,7 @@ def typed(x: torch.Tensor) -> tensor_pb2.Tensor:
 def some_request(name: str, dtype: torch.dtype, rows: int) -> selection_pb2.SelectRequest:
     """A request for any strategy, with lists of rows of both kinds and ids."""
     strategy, message = registry.STRATEGIES[name], strategy_pb2.Strategy()
+    strategy = strategy.bound(strategy.spec(), ())
     getattr(message, name).SetInParent()
     letters = {"N": rows, "D": 3, "C": 4, "K": 2, "P": 5, "L": 2, "M": 6}
 

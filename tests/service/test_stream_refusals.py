@@ -195,6 +195,10 @@ UNSEEN = [
     "sum", "negative", "NaN", "NaN in embeddings", "+inf logits", "a label over 1", "row out of range", "negative row",
     "row listed twice", "a mask of twos", "labeled and pending", "candidates and excluded", "budget over candidates",
     "budget over listed candidates", "negative costs", "negative whole costs", "infinite costs",
+    "a negative item", "an item that a mask does not have", "an item that costs don't have",
+    "an item that num_items does not have", "an item out of range", "an item listed twice", "an item in two lists",
+    "budget over items", "budget over items with rows", "budget over listed items with rows",
+    "bad values in a row of an item", "bad costs of an item",
 ]  # fmt: skip
 
 STREAMABLE = [

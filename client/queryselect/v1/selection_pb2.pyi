@@ -187,7 +187,7 @@ class _WarningCodeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     WARNING_CODE_UNSPECIFIED: _WarningCode.ValueType  # 0
     """Unspecified."""
     WARNING_CODE_INERT_ROWS: _WarningCode.ValueType  # 1
-    """Rows that carry no information, such as embeddings of length 0."""
+    """Rows that carry no information, such as embeddings of length 0; items that no row belongs to."""
     WARNING_CODE_SATURATED: _WarningCode.ValueType  # 2
     """Scores at their ceiling: the order among those rows means little."""
     WARNING_CODE_COVERED: _WarningCode.ValueType  # 3
@@ -213,7 +213,7 @@ class WarningCode(_WarningCode, metaclass=_WarningCodeEnumTypeWrapper):
 WARNING_CODE_UNSPECIFIED: WarningCode.ValueType  # 0
 """Unspecified."""
 WARNING_CODE_INERT_ROWS: WarningCode.ValueType  # 1
-"""Rows that carry no information, such as embeddings of length 0."""
+"""Rows that carry no information, such as embeddings of length 0; items that no row belongs to."""
 WARNING_CODE_SATURATED: WarningCode.ValueType  # 2
 """Scores at their ceiling: the order among those rows means little."""
 WARNING_CODE_COVERED: WarningCode.ValueType  # 3
@@ -316,16 +316,21 @@ class Pool(google.protobuf.message.Message):
     NUM_ROWS_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     INPUTS_FIELD_NUMBER: builtins.int
+    NUM_ITEMS_FIELD_NUMBER: builtins.int
     samples_kind: global___SamplesKind.ValueType
     """What the samples are. Default: PROBABILITIES."""
     item_aggregation: global___ItemAggregation.ValueType
-    """How row scores become the item's score. Default: MEAN."""
+    """How row scores become the item's score. Default: MEAN. Only with item_rows, as the next."""
     item_top_k: builtins.int
-    """The number of rows that TOP_K_MEAN averages."""
+    """The number of rows that TOP_K_MEAN averages, at least 1; all rows of an item that has fewer."""
     num_rows: builtins.int
     """N, where no uploaded input tells it; must agree with those that do."""
     model: builtins.str
     """The name of a model that the operator mounted, which turns inputs into the tensors above."""
+    num_items: builtins.int
+    """The number of items, where no input with an entry per item tells it: masks, costs, quotas, ids; must agree with those
+    that do. Unset: one more than the largest number in item_rows. Only with item_rows.
+    """
     @property
     def embeddings(self) -> queryselect.v1.tensor_pb2.Tensor:
         """Penultimate-layer features, shape (N D), any float type."""
@@ -404,7 +409,9 @@ class Pool(google.protobuf.message.Message):
 
     @property
     def item_rows(self) -> queryselect.v1.tensor_pb2.Tensor:
-        """The item of each row, when items rather than rows are labelled, shape (N), integer."""
+        """The item of each row, when items rather than rows are labelled, shape (N), integer from 0, in any order. Items
+        without rows are never chosen. For strategies that score every row by itself, or read none.
+        """
 
     @property
     def ids(self) -> global___Ids:
@@ -444,15 +451,18 @@ class Pool(google.protobuf.message.Message):
         num_rows: builtins.int | None = ...,
         model: builtins.str | None = ...,
         inputs: collections.abc.Mapping[builtins.str, queryselect.v1.tensor_pb2.Tensor] | None = ...,
+        num_items: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_item_aggregation", b"_item_aggregation", "_item_top_k", b"_item_top_k", "_model", b"_model", "_num_rows", b"_num_rows", "_samples_kind", b"_samples_kind", "candidates", b"candidates", "clusters", b"clusters", "costs", b"costs", "embeddings", b"embeddings", "excluded", b"excluded", "gradients", b"gradients", "head_bias", b"head_bias", "head_weights", b"head_weights", "ids", b"ids", "item_aggregation", b"item_aggregation", "item_rows", b"item_rows", "item_top_k", b"item_top_k", "labeled", b"labeled", "labels", b"labels", "logits", b"logits", "model", b"model", "num_rows", b"num_rows", "pending", b"pending", "probabilities", b"probabilities", "pseudo_labels", b"pseudo_labels", "samples", b"samples", "samples_kind", b"samples_kind", "utilities", b"utilities", "weights", b"weights"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_item_aggregation", b"_item_aggregation", "_item_top_k", b"_item_top_k", "_model", b"_model", "_num_rows", b"_num_rows", "_samples_kind", b"_samples_kind", "candidates", b"candidates", "clusters", b"clusters", "costs", b"costs", "embeddings", b"embeddings", "excluded", b"excluded", "gradients", b"gradients", "head_bias", b"head_bias", "head_weights", b"head_weights", "ids", b"ids", "inputs", b"inputs", "item_aggregation", b"item_aggregation", "item_rows", b"item_rows", "item_top_k", b"item_top_k", "labeled", b"labeled", "labels", b"labels", "logits", b"logits", "model", b"model", "num_rows", b"num_rows", "pending", b"pending", "probabilities", b"probabilities", "pseudo_labels", b"pseudo_labels", "quotas", b"quotas", "samples", b"samples", "samples_kind", b"samples_kind", "scales", b"scales", "utilities", b"utilities", "weights", b"weights"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_item_aggregation", b"_item_aggregation", "_item_top_k", b"_item_top_k", "_model", b"_model", "_num_items", b"_num_items", "_num_rows", b"_num_rows", "_samples_kind", b"_samples_kind", "candidates", b"candidates", "clusters", b"clusters", "costs", b"costs", "embeddings", b"embeddings", "excluded", b"excluded", "gradients", b"gradients", "head_bias", b"head_bias", "head_weights", b"head_weights", "ids", b"ids", "item_aggregation", b"item_aggregation", "item_rows", b"item_rows", "item_top_k", b"item_top_k", "labeled", b"labeled", "labels", b"labels", "logits", b"logits", "model", b"model", "num_items", b"num_items", "num_rows", b"num_rows", "pending", b"pending", "probabilities", b"probabilities", "pseudo_labels", b"pseudo_labels", "samples", b"samples", "samples_kind", b"samples_kind", "utilities", b"utilities", "weights", b"weights"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_item_aggregation", b"_item_aggregation", "_item_top_k", b"_item_top_k", "_model", b"_model", "_num_items", b"_num_items", "_num_rows", b"_num_rows", "_samples_kind", b"_samples_kind", "candidates", b"candidates", "clusters", b"clusters", "costs", b"costs", "embeddings", b"embeddings", "excluded", b"excluded", "gradients", b"gradients", "head_bias", b"head_bias", "head_weights", b"head_weights", "ids", b"ids", "inputs", b"inputs", "item_aggregation", b"item_aggregation", "item_rows", b"item_rows", "item_top_k", b"item_top_k", "labeled", b"labeled", "labels", b"labels", "logits", b"logits", "model", b"model", "num_items", b"num_items", "num_rows", b"num_rows", "pending", b"pending", "probabilities", b"probabilities", "pseudo_labels", b"pseudo_labels", "quotas", b"quotas", "samples", b"samples", "samples_kind", b"samples_kind", "scales", b"scales", "utilities", b"utilities", "weights", b"weights"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_item_aggregation", b"_item_aggregation"]) -> typing.Literal["item_aggregation"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_item_top_k", b"_item_top_k"]) -> typing.Literal["item_top_k"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_model", b"_model"]) -> typing.Literal["model"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_num_items", b"_num_items"]) -> typing.Literal["num_items"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_num_rows", b"_num_rows"]) -> typing.Literal["num_rows"] | None: ...
     @typing.overload
@@ -834,9 +844,9 @@ class SelectResponse(google.protobuf.message.Message):
 
     @property
     def pool_scores(self) -> queryselect.v1.tensor_pb2.Tensor:
-        """The score of every row, shape (N), f64, when asked for: for greedy strategies at their first step; -inf where a
-        row may not be chosen. The highest is that of the first pick: where the first pick is the row nearest to something,
-        these are negative distances, though its score in scores is the distance.
+        """The score of every row (with item_rows: item), shape (N), f64, when asked for: for greedy strategies at their first
+        step; -inf where it may not be chosen. The highest is that of the first pick: where the first pick is the row nearest
+        to something, these are negative distances, though its score in scores is the distance.
         """
 
     @property
@@ -899,7 +909,7 @@ class Warning(google.protobuf.message.Message):
     """The same in words, with numbers."""
     @property
     def rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The rows concerned, in the pool's numbering; at most the first 1000."""
+        """The rows concerned (with item_rows: items), in the pool's numbering; at most the first 1000."""
 
     def __init__(
         self,

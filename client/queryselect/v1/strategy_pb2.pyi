@@ -327,6 +327,7 @@ class StrategyDescription(google.protobuf.message.Message):
     REFERENCES_FIELD_NUMBER: builtins.int
     PSEUDO_LABELS_FIELD_NUMBER: builtins.int
     BASE_PARAMETER_FIELD_NUMBER: builtins.int
+    ITEMS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The canonical name; for a plug-in, the name to put in Custom."""
     summary: builtins.str
@@ -347,6 +348,8 @@ class StrategyDescription(google.protobuf.message.Message):
     """Whether PSEUDO_LABELS can be asked for."""
     base_parameter: builtins.str
     """The parameter that names another strategy, whose scores this one builds on and whose inputs it reads; unset: none."""
+    items: builtins.bool
+    """Whether item_rows can be given: whether it can choose among items of several rows."""
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___InputDescription]:
         """The pool's inputs that it reads."""
@@ -380,9 +383,10 @@ class StrategyDescription(google.protobuf.message.Message):
         references: collections.abc.Iterable[global___ReferenceDescription] | None = ...,
         pseudo_labels: builtins.bool | None = ...,
         base_parameter: builtins.str | None = ...,
+        items: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_base_parameter", b"_base_parameter", "_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_pseudo_labels", b"_pseudo_labels", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "base_parameter", b"base_parameter", "citation", b"citation", "cost", b"cost", "custom", b"custom", "name", b"name", "pool_scores", b"pool_scores", "pseudo_labels", b"pseudo_labels", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_base_parameter", b"_base_parameter", "_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_name", b"_name", "_pool_scores", b"_pool_scores", "_pseudo_labels", b"_pseudo_labels", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "base_parameter", b"base_parameter", "citation", b"citation", "cost", b"cost", "custom", b"custom", "inputs", b"inputs", "name", b"name", "parameters", b"parameters", "pool_scores", b"pool_scores", "pseudo_labels", b"pseudo_labels", "references", b"references", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary", "tasks", b"tasks"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_base_parameter", b"_base_parameter", "_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_items", b"_items", "_name", b"_name", "_pool_scores", b"_pool_scores", "_pseudo_labels", b"_pseudo_labels", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "base_parameter", b"base_parameter", "citation", b"citation", "cost", b"cost", "custom", b"custom", "items", b"items", "name", b"name", "pool_scores", b"pool_scores", "pseudo_labels", b"pseudo_labels", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_base_parameter", b"_base_parameter", "_citation", b"_citation", "_cost", b"_cost", "_custom", b"_custom", "_items", b"_items", "_name", b"_name", "_pool_scores", b"_pool_scores", "_pseudo_labels", b"_pseudo_labels", "_score_kind", b"_score_kind", "_seeded", b"_seeded", "_summary", b"_summary", "base_parameter", b"base_parameter", "citation", b"citation", "cost", b"cost", "custom", b"custom", "inputs", b"inputs", "items", b"items", "name", b"name", "parameters", b"parameters", "pool_scores", b"pool_scores", "pseudo_labels", b"pseudo_labels", "references", b"references", "score_kind", b"score_kind", "seeded", b"seeded", "summary", b"summary", "tasks", b"tasks"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_base_parameter", b"_base_parameter"]) -> typing.Literal["base_parameter"] | None: ...
     @typing.overload
@@ -391,6 +395,8 @@ class StrategyDescription(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_cost", b"_cost"]) -> typing.Literal["cost"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_custom", b"_custom"]) -> typing.Literal["custom"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_items", b"_items"]) -> typing.Literal["items"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_name", b"_name"]) -> typing.Literal["name"] | None: ...
     @typing.overload
@@ -504,7 +510,7 @@ class ParameterDescription(google.protobuf.message.Message):
     """One line on what it does."""
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The names of the values of an enum, without their prefix."""
+        """The names of the values of an enum, without their prefix; of a text, where only some names can be given."""
 
     def __init__(
         self,

@@ -26,8 +26,8 @@ JOINT_ENTRIES = 1 << 19
 class BaldAggregation(enum.StrEnum):
     """How the information in a row's labels becomes the row's score, when the task is multi-label."""
 
-    SUM = "SUM"
     MEAN = "MEAN"
+    SUM = "SUM"
     MAX = "MAX"
     TOP_K_MEAN = "TOP_K_MEAN"
     JOINT = "JOINT"
@@ -118,9 +118,12 @@ def _drawn(samples: Tensor) -> Tensor:
     noise = uniform(0, numbers).view(members, draws, labels)
     logs = samples.clamp_min(torch.finfo(samples.dtype).tiny).log_()
     odds, absent = logs[..., 1] - logs[..., 0], logs[..., 0].sum(-1)  # (n, K, L), (n, K)
-    found = samples.new_empty(n)
+    found, most = samples.new_empty(n), math.log(members)
     for row in range(n):
         drawn = (noise < samples[row, :, None, :, 1]).double().flatten(0, 1)  # (K draws, L)
-        posterior = torch.log_softmax(drawn @ odds[row].T + absent[row], dim=1)  # (K draws, K)
-        found[row] = math.log(members) - surprise(posterior.exp_()).sum(1).mean()
-    return found.clamp(0, min(labels * math.log(2), math.log(members)))
+        z = drawn @ odds[row].T + absent[row]  # (K draws, K), ln p(y | k)
+        z -= z.amax(1, keepdim=True)
+        likely = z.exp()
+        total = likely.sum(1)
+        found[row] = most + (likely.mul_(z).sum(1) / total - total.log()).mean()  # ln K + sum_k w_k ln w_k
+    return without_noise(found, torch.full_like(found, most)).clamp(max=min(labels * math.log(2), most))

@@ -112,7 +112,7 @@ def batch_bald(
     members = samples.shape[1]
     entropies, first = _bald(samples, pool)
     bounds, gains = first.clone(), first  # at least every row's gain; and the gain, or an upper bound that is too low
-    batch, tail = (Configurations(members, spec.num_samples, seed, samples.device) for _ in range(2))
+    batch, tail = (Configurations(members, spec.num_samples, seed, samples.device, pool.check) for _ in range(2))
     picks: list[tuple[Tensor, Tensor]] = []
     known: list[Tensor] = []
     for number in range(choice.steps):
@@ -244,9 +244,8 @@ class _Step:
                 gains[span] += given.weights[some] @ found
                 if not given.exact:
                     squares[span] += given.weights[some] @ found.square()
-        if given.exact:
-            return gains.clamp_(min=0), squares
-        return gains.clamp_(min=0), (squares - gains.square()).clamp_(min=0).div_(len(given)).sqrt_()
+        errors = (squares - gains.square()).clamp_(min=0).div_(len(given)).sqrt_() if not given.exact else squares
+        return without_noise(gains, self._entropies[rows].mean(1)), errors
 
 
 def _conditional_gains(posteriors: Tensor, p: Tensor, entropies: Tensor) -> Tensor:
@@ -265,8 +264,9 @@ def _saturation(rows: Tensor, known: Tensor, members: int) -> tuple[Notice, ...]
     full = (known >= SATURATION * most).nonzero().squeeze(1).tolist()
     if not full:
         return ()
+    first, told = full[0], float(known[full[0]])
     message = (
-        f"the first {full[0] + 1} of {len(rows)} picks tell {float(known[full[0]]):.3g} of the at most ln K = {most:.3g} "
-        f"nats that {members} parameter samples can tell apart; what later picks add is hardly more than noise"
+        f"the first {first + 1} of {len(rows)} picks tell {told:.3g} of the at most ln K = {most:.3g} nats that "
+        f"{members} parameter samples can tell apart; what later picks add is hardly more than noise"
     )
-    return (Notice(NoticeCode.SATURATED, message, rows[full[0] :]),)
+    return (Notice(NoticeCode.SATURATED, message, rows[first:]),)

@@ -17,6 +17,8 @@ from queryselect_service.strategy import Sizes, block_rows, pointwise
 
 #: Joint probabilities that are in memory at once: 4 MB of float64.
 TILE = 1 << 19
+#: What scores are rounded to, in nats: far above the rounding of sums, far below what matters.
+GRID = 2.0**-40
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def epig(
         [_joint_entropy(samples[:, :, at], targets[:, :, at], weights, pool) for at in range(max(1, labels))], dim=1
     )  # (n, L)
     total = weights.sum() * own + theirs
-    found = without_noise(total - joint, total)
+    # Rounded, so that rows that are alike tie wherever they stand in a matrix product.
+    found = without_noise(total - joint, total).div_(GRID).round_().mul_(GRID)
     return found if labels else found[:, 0]
 
 

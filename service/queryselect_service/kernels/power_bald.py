@@ -47,7 +47,8 @@ class PowerBald(Spec):
 def power_bald(scores: Tensor, *, choice: Choice, seed: int, pool: Shards, spec: PowerBald = PowerBald()) -> Tensor:
     """Draws rows without replacement by their score under another strategy: Gumbel noise, and the k highest.
 
-        POWER: β ln s + ε,  SOFTMAX: β s + ε,  SOFTRANK: -β ln rank(s) + ε,   ε ~ Gumbel(0, 1) by (seed, row)
+        POWER: u = β ln s + ε,  SOFTMAX: u = β s + ε,  SOFTRANK: u = -β ln rank(s) + ε
+        ε ~ Gumbel(0, 1) by (seed, row)
 
     scores: (n,) of the base, at least 0 for POWER. A score of 0 counts as the least positive number, so such rows come
     last and in random order. Ranks count from 1 among all rows that may be chosen, equal scores having the same, their

@@ -47,6 +47,8 @@ def vote_entropy(samples: Annotated[Tensor, "N K C"], *, spec: VoteEntropy = Vot
     [1.0]
     """
     members, classes = samples.shape[1], samples.shape[-1]
-    scores = entropy(samples.mean(1) if spec.soft else votes(samples) / members)
+    # Sorted, so that the same votes for other classes are a tie, and not apart by the rounding of a sum.
+    shares = samples.mean(1) if spec.soft else votes(samples).sort(-1, descending=True).values / members
+    scores = entropy(shares)
     most = math.log(classes if spec.soft else min(classes, members))
     return scores / most if spec.normalize and most > 0 else scores

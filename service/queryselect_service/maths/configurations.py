@@ -11,6 +11,7 @@ and a configuration m of the batch's labels has a posterior over the parameters,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from queryselect_service.maths.noise import uniform
 #: A posterior weight below this is none: it would count for nothing, and what is made of it may be a denormal number,
 #: which processors take a hundred times as long for.
 LEAST_WEIGHT = 1e-60
+#: Posterior weights that are worked on between two checks.
+STRETCH = 1 << 20
 
 
 class Configurations:
@@ -30,10 +33,15 @@ class Configurations:
     whether they are all there are. In memory: a few times M K float64.
     """
 
-    def __init__(self, members: int, most: int, seed: int, device: torch.device) -> None:
-        """members: K. most: the configurations up to which all are kept; beyond, about so many are drawn."""
+    def __init__(
+        self, members: int, most: int, seed: int, device: torch.device, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """members: K. most: the configurations up to which all are kept; beyond, about so many are drawn.
+
+        check: called between stretches of work; may raise.
+        """
         self.exact = True
-        self._members, self._most, self._seed = members, most, seed
+        self._members, self._most, self._seed, self._check = members, most, seed, check
         self._rows: list[Tensor] = []  # (K, V, c) each
         self._logs = torch.zeros(1, members, dtype=torch.float64, device=device)  # (M, K), ln p(y^m | k)
         self._settle()
@@ -44,7 +52,8 @@ class Configurations:
     @property
     def information(self) -> Tensor:
         """I(y_1 … y_i; θ), (): the mean of KL(w_m | uniform). Of drawn configurations an estimate, never above ln K."""
-        return math.log(self._members) - self.weights @ surprise(self.posteriors).sum(1)
+        left = sum(self.weights[some] @ surprise(self.posteriors[some]).sum(1) for some in self._stretches(len(self)))
+        return math.log(self._members) - torch.as_tensor(left)
 
     def add(self, p: Tensor) -> None:
         """Takes a row into the batch. p: (K, V, c), its distributions."""
@@ -52,44 +61,50 @@ class Configurations:
         variables, values = p.shape[1:]
         if self.exact and len(self) * values**variables <= self._most:
             for variable in p.log().unbind(1):  # (K, c)
+                self._check()
                 self._logs = (self._logs[:, None] + variable.T).flatten(0, 1)
             self._logs = self._logs[(self._logs > -torch.inf).any(1)]  # the others can't be
         else:
+            new = self._rows[-1:]
             if self.exact:
-                self.exact, self._logs = False, self._logs.new_zeros(self._draws * self._members, self._members)
-                waiting = self._rows
-            else:
-                waiting = self._rows[-1:]
-            for number, row in enumerate(waiting, len(self._rows) - len(waiting)):
+                self.exact, new = False, self._rows
+                self._logs = self._logs.new_zeros(max(1, self._most // self._members) * self._members, self._members)
+            for number, row in enumerate(new, len(self._rows) - len(new)):
                 self._draw(row, number)
         self._settle()
-
-    @property
-    def _draws(self) -> int:
-        """How many configurations are drawn from each parameter sample."""
-        return max(1, self._most // self._members)
 
     def _draw(self, p: Tensor, number: int) -> None:
         """Draws the labels of a row, its number in the batch, from the parameter sample that each configuration is of.
 
         Configuration m is of sample m mod K, so that any first few are of all samples alike.
         """
-        variables = p.shape[1]
-        count = len(self._logs)
-        numbers = torch.arange(count * variables, device=p.device)
-        noise = uniform(self._seed, numbers, step=number).view(self._draws, self._members, variables, 1)
+        variables, logs = p.shape[1], p.log()
         bounds = p.cumsum(-1)  # (K, V, c)
-        drawn = (noise * bounds[..., -1:] > bounds).sum(-1).flatten(0, 1)  # (M, V)
-        logs = p.log()
-        for at in range(variables):
-            self._logs += logs[:, at].T[drawn[:, at]]
+        for some in self._stretches(len(self._logs)):
+            configurations = torch.arange(some.start, some.stop, device=p.device)
+            numbers = configurations[:, None] * variables + torch.arange(variables, device=p.device)
+            noise = uniform(self._seed, numbers, step=number)[..., None]  # (m, V, 1)
+            mine = bounds[configurations % self._members]  # (m, V, c)
+            drawn = (noise * mine[..., -1:] > mine).sum(-1)  # (m, V)
+            for at in range(variables):
+                self._logs[some] += logs[:, at].T[drawn[:, at]]
 
     def _settle(self) -> None:
         """Posteriors and weights from the logarithms."""
-        likelihood = self._logs.logsumexp(1)  # (M,), ln sum_k p(y^m | k)
-        posteriors = (self._logs - likelihood[:, None]).exp_()
-        self.posteriors = posteriors.masked_fill_(posteriors < LEAST_WEIGHT, 0)
+        count = len(self._logs)
+        self.posteriors, likelihood = torch.empty_like(self._logs), self._logs.new_empty(count)
+        for some in self._stretches(count):
+            likelihood[some] = self._logs[some].logsumexp(1)  # ln sum_k p(y^m | k)
+            posteriors = (self._logs[some] - likelihood[some, None]).exp_()
+            self.posteriors[some] = posteriors.masked_fill_(posteriors < LEAST_WEIGHT, 0)
         if self.exact:
             self.weights = likelihood.sub_(math.log(self._members)).exp_()
         else:
-            self.weights = torch.full_like(likelihood, 1 / len(likelihood))
+            self.weights = torch.full_like(likelihood, 1 / count)
+
+    def _stretches(self, configurations: int) -> Iterator[slice]:
+        """Slices that cover so many configurations, with a check before each."""
+        step = max(1, STRETCH // self._members)
+        for start in range(0, configurations, step):
+            self._check()
+            yield slice(start, min(start + step, configurations))
