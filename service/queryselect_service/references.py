@@ -64,11 +64,9 @@ def check_names(strategy: Strategy, references: Sequence[Reference]) -> None:
             may_lack = not wanted.required and strategy.optional_in(wanted.role)
             if field is None and wanted.field != WEIGHTS and not may_lack:
                 _refuse_missing(strategy, wanted, each)
-            if field is not None and field == given[0] and each.inputs[field].kind != sets[0].inputs[field].kind:
-                words = (
-                    f"{each.path} has samples_kind {each.inputs[field].kind} where {sets[0].path}, of the same role, "
-                )
-                words += f"has {sets[0].inputs[field].kind}"
+            kind, first = (one.inputs[field].kind if field in one.inputs else "" for one in (each, sets[0]))
+            if field == given[0] and kind != first:
+                words = f"{each.path} has samples_kind {kind} where {sets[0].path}, of the same role, has {first}"
                 raise InvalidInput(words, field=f"{each.path}.samples_kind")
             if field != given[0] and wanted.field != WEIGHTS:
                 words = f"{each.path} has {field or 'no ' + wanted.field} where {sets[0].path}, of the same role, has "

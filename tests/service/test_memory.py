@@ -92,7 +92,7 @@ CASES = [
     Case("power_bald", 3_000_000, 4, samples=5),
     Case("power_bald", 3_000_000, 4, samples=5, params=(("form", "SOFTRANK"),)),
     Case("epig", 20_000, 10, samples=50, references=500, k=10),
-    Case("epig", 5_000, 10, samples=50, references=20_000, k=10),
+    Case("epig", 5_000, 10, samples=50, references=5_000, k=10),
     Case("epig", 5_000, 10, samples=50, references=200, k=10, task="MULTILABEL"),
     Case("batch_bald", 20_000, 10, samples=100, k=8),
     Case("batch_bald", 10_000, 77, samples=100, k=10),

@@ -18,7 +18,7 @@ from queryselect_service.checks import Array
 from queryselect_service.errors import Busy, DataLoss, InvalidInput
 from queryselect_service.request import Request
 from queryselect_service.settings import Settings
-from queryselect_service.strategy import load
+from queryselect_service.strategy import POINTWISE_ENTRIES, load
 from queryselect_service.upload import WINDOW, Blocks, Coverage, Part, Upload, held_bytes
 from tests.service.test_errors import FAR, MARGIN, request, tensor
 
@@ -156,12 +156,13 @@ def test_rows_of_many_entries_come_in_smaller_blocks():
     flat = as_bytes(wide)
     for start in reversed(range(0, len(flat), 999_999)):
         blocks.write("embeddings", start, flat[start : start + 999_999])
+    step = POINTWISE_ENTRIES // 4000
+    assert step < 300
     assert sorted((block.rows.start, len(block.tensors["embeddings"])) for block in blocks.full) == [
-        (0, 262),
-        (262, 38),
+        (first, min(step, 300 - first)) for first in range(0, 300, step)
     ]
     for block in blocks.full:
-        assert np.array_equal(block.tensors["embeddings"], wide[block.rows.start : block.rows.start + 262])
+        assert np.array_equal(block.tensors["embeddings"], wide[block.rows.start : block.rows.start + step])
 
 
 # Uploads

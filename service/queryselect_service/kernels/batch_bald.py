@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from queryselect_service.maths.configurations import Configurations
+from queryselect_service.maths.configurations import STRETCH, Configurations
 from queryselect_service.maths.information import entropy, surprise, without_noise
 from queryselect_service.maths.predictions import Samples
 from queryselect_service.shards import SPAN_BYTES, Shards
@@ -63,10 +63,11 @@ class BatchBald(Spec):
 def _memory(sizes: Sizes, spec: BatchBald) -> int:
     outcomes = sizes.C * (2 if sizes.multilabel else 1)
     configurations = max(spec.num_samples, sizes.K) * sizes.K
+    stretch = min(configurations, STRETCH)
     row = max(1, sizes.K * outcomes)
     chunk = max(row, min(sizes.N * row, TILE))
     per_row = 8 * sizes.K + 48
-    return sizes.N * per_row + 8 * (5 * configurations + 5 * chunk + 4 * TILE) + sizes.k * 8 * row
+    return sizes.N * per_row + 8 * (5 * configurations + 4 * stretch + 5 * chunk + 4 * TILE) + sizes.k * 8 * row
 
 
 @strategy(
@@ -224,7 +225,7 @@ class _Step:
             if len(posteriors) < ENOUGH:
                 continue
             lead_gain = _conditional_gains(posteriors, lead, surprise(lead).sum((2, 3)))  # (m, 1)
-            for span, some in _chunks(self._samples, rows, self._pool, len(posteriors)):
+            for span, some in _chunks(self._samples, rows, self._pool, SPAN_BYTES // TILE // 16 * len(posteriors)):
                 behind = _conditional_gains(posteriors, some, self._entropies[rows[span]]) - lead_gain  # (m, b)
                 spread, mean = torch.std_mean(behind, dim=0)
                 best = top + mean + ERRORS * spread / math.sqrt(len(posteriors))
