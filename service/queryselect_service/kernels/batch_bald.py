@@ -36,6 +36,8 @@ TIE = 1e-12
 HEAD = 32
 #: Of drawn configurations the parts that tell which rows can't be the best, where there are enough of them.
 PARTS, ENOUGH = (64, 16, 4), 128
+#: The part of the best gain that configurations may tell which the sieve leaves out.
+REST = 0.1
 #: Standard errors by which a row must be behind to be left out.
 ERRORS = 5.0
 #: The part of ln K beyond which a batch is said to know all that the parameter samples can tell.
@@ -67,7 +69,7 @@ def _memory(sizes: Sizes, spec: BatchBald) -> int:
     row = max(1, sizes.K * outcomes)
     chunk = max(row, min(sizes.N * row, TILE))
     per_row = 8 * sizes.K + 48
-    return sizes.N * per_row + 8 * (5 * configurations + 4 * stretch + 5 * chunk + 4 * TILE) + sizes.k * 8 * row
+    return sizes.N * per_row + 8 * (3 * configurations + 4 * stretch + 5 * chunk + 4 * TILE) + sizes.k * 8 * row
 
 
 @strategy(
@@ -221,16 +223,32 @@ class _Step:
                 bounds[rows] = torch.minimum(bounds[rows], given_tail)
             return
         lead = _variables(self._samples.of(p[None]))
-        for posteriors in (batch.posteriors[: len(batch) // part] for part in PARTS):
-            if len(posteriors) < ENOUGH:
+        open_ones, rest = self._open(REST * float(top) / lead.shape[2])
+        rest, share = rest * lead.shape[2], len(open_ones) / len(batch)
+        for part in PARTS if share > 0.5 else (*PARTS, 1):
+            count = len(open_ones) // part
+            if count < ENOUGH:
                 continue
+            posteriors = batch.posteriors[open_ones[:count]]
             lead_gain = _conditional_gains(posteriors, lead, surprise(lead).sum((2, 3)))  # (m, 1)
-            for span, some in _chunks(self._samples, rows, self._pool, SPAN_BYTES // TILE // 16 * len(posteriors)):
+            errors = share * ERRORS / math.sqrt(count) if part > 1 else 0.0
+            for span, some in _chunks(self._samples, rows, self._pool, SPAN_BYTES // TILE // 16 * count):
                 behind = _conditional_gains(posteriors, some, self._entropies[rows[span]]) - lead_gain  # (m, b)
                 spread, mean = torch.std_mean(behind, dim=0)
-                best = top + mean + ERRORS * spread / math.sqrt(len(posteriors))
+                best = top + share * mean + errors * spread + rest
                 bounds[rows[span]] = torch.minimum(bounds[rows[span]], best)
             rows = rows[bounds[rows] >= top - TIE]
+
+    def _open(self, little: float) -> tuple[Tensor, float]:
+        """The drawn configurations (m,) that leave something open, in their order, and what the others can tell.
+
+        A label tells no more than what its configuration leaves open of the parameters: where a batch knows nearly all,
+        most configurations tell nothing. little: the most that those left out may tell together, per variable.
+        """
+        left, order = self._batch.left.sort(descending=True)
+        rest = left.flip(0).cumsum(0).flip(0) / len(left)  # (M,), what this one and all after it can tell
+        count = int((rest > little).count_nonzero())
+        return order[:count].sort().values, float(rest[count]) if count < len(rest) else 0.0
 
     def _evaluate(self, rows: Tensor, given: Configurations | None = None) -> tuple[Tensor, Tensor]:
         """The gains (r,) of some rows, and their standard errors, 0 where all configurations are there."""

@@ -33,7 +33,7 @@ class Epig(SummedLabelScore):
 
 def _memory(sizes: Sizes, _: Epig) -> int:
     row, block = sizes.K * sizes.C * (2 if sizes.multilabel else 1), min(sizes.N, block_rows(sizes.K * sizes.C))
-    return 8 * row * (4 * block + 3 * sizes.M) + 5 * 8 * TILE
+    return 8 * row * (4 * block + 3 * sizes.M) + 4 * 8 * TILE
 
 
 @pointwise(

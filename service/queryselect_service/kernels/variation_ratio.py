@@ -8,7 +8,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from queryselect_service.maths.information import votes
+from queryselect_service.maths.predictions import Samples
 from queryselect_service.spec import LabelScore, check_samples
 from queryselect_service.strategy import pointwise
 
@@ -29,16 +29,17 @@ class VariationRatio(LabelScore):
     citation="Freeman, Elementary applied statistics (1965); Gal, Islam and Ghahramani, Deep Bayesian active learning "
     "with image data (ICML 2017), arXiv:1703.02910",
 )
-def variation_ratio(samples: Annotated[Tensor, "N K C"]) -> Tensor:
+def variation_ratio(samples: Annotated[Samples, "N K C"]) -> Tensor:
     """Prefers rows on which the most parameter samples vote against the majority.
 
         s = 1 - max_c |{k : argmax p_k = c}| / K
 
-    samples: (n, K, C), or (n, K, L, 2) per label. A sample votes for its likeliest class, the first of equal ones.
+    samples: (n, K, C), labels L for C in a multi-label task. A sample votes for its likeliest class, the first of
+    equal ones.
     Returns (n,) or (n, L), in [0, 1 - 1/C].
 
     >>> import torch
-    >>> variation_ratio(torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]])).tolist()
+    >>> variation_ratio(Samples(torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]]))).tolist()
     [0.25]
     """
-    return 1 - votes(samples).amax(-1) / samples.shape[1]
+    return 1 - samples.votes.amax(-1) / samples.shape[1]

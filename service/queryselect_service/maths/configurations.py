@@ -29,8 +29,9 @@ STRETCH = 1 << 20
 class Configurations:
     """The configurations of a growing batch's labels.
 
-    posteriors: (M, K), w_m. weights: (M,), how likely each configuration is, or 1/M each where they are drawn. exact:
-    whether they are all there are. In memory: a few times M K float64.
+    posteriors: (M, K), w_m. left: (M,), their entropies, what a configuration leaves open of the parameters. weights:
+    (M,), how likely each configuration is, or 1/M each where they are drawn. exact: whether they are all there are. In
+    memory: a few times M K float64.
     """
 
     def __init__(
@@ -52,8 +53,7 @@ class Configurations:
     @property
     def information(self) -> Tensor:
         """I(y_1 … y_i; θ), (): the mean of KL(w_m | uniform). Of drawn configurations an estimate, never above ln K."""
-        left = sum(self.weights[some] @ surprise(self.posteriors[some]).sum(1) for some in self._stretches(len(self)))
-        return math.log(self._members) - torch.as_tensor(left)
+        return math.log(self._members) - self.weights @ self.left
 
     def add(self, p: Tensor) -> None:
         """Takes a row into the batch. p: (K, V, c), its distributions."""
@@ -92,11 +92,13 @@ class Configurations:
     def _settle(self) -> None:
         """Posteriors and weights from the logarithms."""
         count = len(self._logs)
-        self.posteriors, likelihood = torch.empty_like(self._logs), self._logs.new_empty(count)
+        self.posteriors, self.left = torch.empty_like(self._logs), self._logs.new_empty(count)
+        likelihood = torch.empty_like(self.left)
         for some in self._stretches(count):
             likelihood[some] = self._logs[some].logsumexp(1)  # ln sum_k p(y^m | k)
             posteriors = (self._logs[some] - likelihood[some, None]).exp_()
             self.posteriors[some] = posteriors.masked_fill_(posteriors < LEAST_WEIGHT, 0)
+            self.left[some] = surprise(posteriors).sum(1)
         if self.exact:
             self.weights = likelihood.sub_(math.log(self._members)).exp_()
         else:

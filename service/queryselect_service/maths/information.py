@@ -51,9 +51,3 @@ def divergences(samples: Tensor) -> Tensor:
     consensus = samples.mean(1, keepdim=True)
     ratios = samples.clamp_min(tiny).log_().sub_(consensus.clamp_min(tiny).log_())
     return without_noise(ratios.mul_(samples).sum(-1), entropy(consensus))
-
-
-def votes(samples: Tensor) -> Tensor:
-    """How many of the K samples find each class likeliest, the first of equal ones: (n, ..., C) of (n, K, ..., C)."""
-    likeliest = samples.argmax(-1).movedim(1, -1)  # (n, ..., K)
-    return torch.zeros_like(samples[:, 0]).scatter_add_(-1, likeliest, samples.new_ones(likeliest.shape))

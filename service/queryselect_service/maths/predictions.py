@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 
 import torch
 from torch import Tensor
@@ -107,6 +108,24 @@ class Samples:
         # By hand: over a last axis of a few classes torch's softmax takes several times as long.
         likelihoods = _exponentials(values.sub(values.amax(-1, keepdim=True)))
         return likelihoods.div_(likelihoods.sum(-1, keepdim=True))
+
+    @property
+    def votes(self) -> Tensor:
+        """How many samples find each class likeliest, the first of equal ones: (n, C) or, per label, (n, L, 2).
+
+        Told by what was sent: a class is the likeliest by its probability, logarithm or logit alike.
+        """
+        if self.multilabel:
+            even = {
+                SamplesKind.PROBABILITIES: 0.5,
+                SamplesKind.LOG_PROBABILITIES: -math.log(2),
+                SamplesKind.LOGITS: 0.0,
+            }
+            present = (self.values > even[self.kind]).sum(1).double()  # (n, L)
+            return torch.stack([self.shape[1] - present, present], dim=-1)
+        likeliest = self.values.argmax(-1)  # (n, K)
+        counts = torch.zeros(len(self), self.shape[2], dtype=torch.float64, device=self.device)
+        return counts.scatter_add_(1, likeliest, counts.new_ones(()).expand_as(likeliest))
 
     def logarithms(self, rows: slice | Tensor) -> Tensor:
         """Natural logarithms of the same, with all digits where logits or logarithms were sent."""
