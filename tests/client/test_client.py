@@ -59,6 +59,15 @@ REFERENCES = {
 KINDS = [each.name for each in strategy_pb2.Strategy.DESCRIPTOR.oneofs_by_name["kind"].fields if each.name != "custom"]
 
 
+def beside(description: strategy_pb2.StrategyDescription) -> dict[str, Any]:
+    """Options for what a strategy can't do without beside the pool, and for what it alone can return."""
+    found: dict[str, Any] = {"returns": ["PSEUDO_LABELS"]} if description.pseudo_labels else {}
+    for each in description.references:
+        if each.role in REFERENCES:
+            found["reference"] = REFERENCES[each.role]
+    return found
+
+
 def told(picks: Picks) -> dict[str, Any]:
     """Everything in picks that two runs of a request share."""
     return {
@@ -90,11 +99,7 @@ def test_every_strategy_gives_the_same_here_and_there(local: Client, remote: Cli
             assert caught.value.field == "task"
         return
     options = {**POOL, "task": task, "seed": 7, "return_pool_scores": description.pool_scores, "ids": range(N)}
-    for each in description.references:
-        if each.role in REFERENCES:
-            options["reference"] = REFERENCES[each.role]
-    if description.pseudo_labels:
-        options["returns"] = ["PSEUDO_LABELS"]
+    options |= beside(description)
     here, there = (told(client.select(name, 20, **options)) for client in (local, remote))
     assert here == there
     assert len(set(here["indices"])) == 20

@@ -43,7 +43,7 @@ from tests.client.streams import (
     streamed,
     until,
 )
-from tests.client.test_client import KINDS, POOL, VALIDATION, told
+from tests.client.test_client import KINDS, POOL, beside, told
 from tests.client.test_client import N as FEW
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -109,8 +109,7 @@ def test_every_strategy_gives_the_same_by_stream(
 ) -> None:
     (description,) = (each for each in local.strategies() if each.name == name)
     options = {**POOL, "task": task, "seed": 7, "return_pool_scores": description.pool_scores, "ids": range(FEW)}
-    if [each.role for each in description.references] == ["VALIDATION"]:
-        options |= {"reference": VALIDATION, "returns": ["PSEUDO_LABELS"]}
+    options |= beside(description)
     if strategy_pb2.Task.Value(f"TASK_{task}") not in description.tasks:
         with pytest.raises(InvalidInput, match=f"{name} serves task") as caught:
             remote.select(name, 20, **options)
