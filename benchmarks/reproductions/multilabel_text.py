@@ -1,8 +1,8 @@
 """Active learning on texts with several labels each, and the mistakes of an experiment beside the right calls.
 
 A comparison on topics of texts had BALD worse than random drawing. It had given BALD probabilities where it takes
-logarithms, had made multi-label outputs a distribution over labels, had probably left dropout off, and had asked for the
-largest margins. Here the same is done, one mistake at a time, to embedded texts with 28 labels and a small network.
+logarithms, had made multi-label outputs a distribution over labels, had probably left dropout off, and had asked for
+the largest margins. Here the same is done to embedded texts with 28 labels and a small network.
 """
 
 from __future__ import annotations
@@ -95,16 +95,12 @@ METHODS: Mapping[str, Method] = {
     "power": Method("PowerBALD", "power_bald"),
     # A few rows tell the parameter samples apart; two configurations of each are enough to see that.
     "batch": Method("BatchBALD", ("batch_bald", {"num_samples": 60})),
-    "least-confidence-softmax": Method(
-        "least confidence, softmax over labels", _least_confidence_softmaxed, right="least-confidence"
-    ),
-    "margin-largest": Method("margin, the largest, softmax over labels", _margin_largest, right="margin"),
-    "bald-softmax": Method("BALD, softmax over labels", _bald_softmaxed, right="bald"),
-    "bald-mistaken": Method("BALD, softmax over labels, p for ln p", _bald_mistaken, right="bald"),
+    "least-confidence-softmax": Method("softmax least conf.", _least_confidence_softmaxed, right="least-confidence"),
+    "margin-largest": Method("largest margin", _margin_largest, right="margin"),
+    "bald-softmax": Method("softmax BALD", _bald_softmaxed, right="bald"),
+    "bald-mistaken": Method("softmax BALD of p", _bald_mistaken, right="bald"),
     "bald-off": Method("BALD, dropout off", "bald", dropout=False, right="bald"),
-    "bald-all": Method(
-        "BALD, softmax over labels, p for ln p, dropout off", _bald_mistaken, dropout=False, right="bald"
-    ),
+    "bald-all": Method("all BALD's mistakes", _bald_mistaken, dropout=False, right="bald"),
 }
 PAIRS = (
     *((name, "random") for name in METHODS if name != "random"),

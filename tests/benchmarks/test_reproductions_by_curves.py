@@ -16,6 +16,7 @@ from benchmarks.reproductions import multilabel_text, repeated_mnist, runs
 from benchmarks.reproductions.data import load
 from benchmarks.reproductions.dropout import ConvNet, MonteCarloDropout, Perceptron, Training, minibatches
 from benchmarks.reproductions.runs import Method
+from demo.figures import short
 from queryselect import Client
 from queryselect.simulate import curves
 
@@ -186,7 +187,10 @@ def test_repeated_mnist_runs_and_keeps_what_it_found(mnist, tiny, tmp_path, monk
 
 @pytest.mark.parametrize("name", list(multilabel_text.METHODS))
 def test_every_way_to_choose_among_texts_runs(texts, name):
-    sizes = multilabel_text.Sizes(pool=100, initial=10, budget=4, rounds=2, samples=3, hidden=4, steps=3)
+    retrain = name != "bald"
+    sizes = multilabel_text.Sizes(
+        pool=100, initial=10, budget=4, rounds=2, retrain=retrain, samples=3, hidden=4, steps=3
+    )
     row = multilabel_text.play(load(texts, multilabel_text.SET), name, 0, sizes)
     assert row["counts"] == [10, 14, 18]
     assert len(row["first"]) == len(set(row["first"])) == 4
@@ -248,10 +252,17 @@ def test_text_options_reach_the_curves(texts, tmp_path, monkeypatch, capsys):
     assert asked[-1][:2] == ("margin-largest", 1)
     said = capsys.readouterr().out
     assert "| random | 2 | 50.0 ± 0.0 | 65.0 ± 5.0 | 65.0 ± 5.0 | 1.50 | 25 |  |" in said
-    assert "| margin, the largest, softmax over labels − margin | -10.0 ± 0.0 | -10.0, -10.0 | 50 |" in said
+    assert "| largest margin − margin | -10.0 ± 0.0 | -10.0, -10.0 | 50 |" in said
     name = f"reproduction-multilabel-text-initial0.1-budget20-rounds3-continue-{machine.name()}"
     assert sorted(path.name for path in tmp_path.glob("repro*")) == [f"{name}.json", f"{name}.svg"]
     assert "Test macro AUROC of 3 strategies" in (tmp_path / f"{name}.svg").read_text()
+
+
+@pytest.mark.parametrize("script", [repeated_mnist, multilabel_text])
+def test_drawings_have_room_for_the_names(script):
+    labels = [method.label for method in script.METHODS.values()]
+    assert len(set(labels)) == len(labels)
+    assert all(short(label) == label for label in labels)
 
 
 def test_tables_pair_seeds_that_both_have():
