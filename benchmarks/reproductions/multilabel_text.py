@@ -1,8 +1,8 @@
 """Active learning on texts with several labels each, and the mistakes of an experiment beside the right calls.
 
 A comparison on topics of texts had BALD worse than random drawing. It had given BALD probabilities where it takes
-logarithms, had made multi-label outputs a distribution over labels, had probably left dropout off, and had asked for the
-largest margins. Here the same is done, one mistake at a time, to embedded texts with 28 labels and a small network.
+logarithms, had made multi-label outputs a distribution over labels, had probably left dropout off, and had asked for
+the largest margins. Here the same is done, one mistake at a time, to embedded texts with 28 labels and a small network.
 """
 
 from __future__ import annotations
