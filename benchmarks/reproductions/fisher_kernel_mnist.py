@@ -27,6 +27,7 @@ from benchmarks.reproductions import lenet
 from benchmarks.reproductions.data import MissingData
 from benchmarks.reproductions.drawing import draw
 from benchmarks.reproductions.mnist import FIRST_RARE, Images, Split, read, split
+from benchmarks.reproductions.runs import plus_minus
 from queryselect import Client
 
 NAME = "reproduction-fisher-kernel-mnist"
@@ -247,7 +248,7 @@ def report(rows: list[Row]) -> str:
     for name, of in WHOLE.items():
         if each := _by_seed(rows, name):
             percents = 100 * np.array([row["accuracy"][0] for row in each.values()])
-            lines.append(f"{of}: {_plus_minus(percents)} % of the test set right.\n")
+            lines.append(f"{of}: {plus_minus(percents)} % of the test set right.\n")
     lines += _paired_table(found)
     return "\n".join(lines)
 
@@ -274,7 +275,7 @@ def _accuracy_table(found: Mapping[str, Mapping[int, Row]]) -> list[str]:
     for name, each in found.items():
         percents = 100 * np.array([row["accuracy"] for row in each.values()])  # (seeds, rounds)
         rare = 100 * np.mean([row["rare"][-1] for row in each.values()])
-        cells = [_plus_minus(its) for its in (*percents.T, percents.mean(axis=1))]
+        cells = [plus_minus(its) for its in (*percents.T, percents.mean(axis=1))]
         lines.append(f"| {METHODS[name].label} | {len(each)} | {' | '.join(cells)} | {rare:.1f} |")
         if paper := METHODS[name].paper:
             told = ["" if its is None else f"~{its:g}" for its in paper[:rounds]]
@@ -291,14 +292,8 @@ def _paired_table(found: Mapping[str, Mapping[int, Row]]) -> list[str]:
             ours, theirs = (np.array([found[each][seed]["accuracy"] for seed in seeds]) for each in (name, against))
             gains = 100 * (ours.mean(axis=1) - theirs.mean(axis=1))
             each = ", ".join(f"{gain:+.1f}" for gain in gains)
-            lines.append(f"| {METHODS[name].label} − {METHODS[against].label} | {_plus_minus(gains, '+')} | {each} |")
+            lines.append(f"| {METHODS[name].label} − {METHODS[against].label} | {plus_minus(gains, '+')} | {each} |")
     return [*(["| area | difference | by seed |", "|---|---|---|"] if lines else []), *lines]
-
-
-def _plus_minus(values: NDArray[np.floating[Any]], sign: str = "") -> str:
-    """The mean with its standard error, where there are several."""
-    error = f" ± {values.std(ddof=1) / np.sqrt(len(values)):.1f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.1f}{error}"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -225,10 +225,8 @@ def _surely_fine(name: str, block: Tensor, *, multilabel: bool) -> bool:
         return fine and (multilabel or bool((block.double().exp().sum(1) - 1).abs().max() <= SUM_TOLERANCE))
     if name == "probabilities":
         low, high = block.aminmax()
-        fine = bool(low >= 0) and bool(high <= 1 + SUM_TOLERANCE)
-        if multilabel:
-            return fine and bool(high <= 1)
-        return fine and bool((block.sum(1, dtype=torch.float64) - 1).abs().max() <= SUM_TOLERANCE)
+        whole = high <= 1 if multilabel else (block.sum(1, dtype=torch.float64) - 1).abs().max() <= SUM_TOLERANCE
+        return bool(low >= 0) and bool(whole)
     if name in MASSES and not bool(block.amin() >= 0):
         return False
     return bool(block.sum(dtype=torch.float64 if block.dtype is torch.float64 else torch.float32).isfinite())

@@ -95,13 +95,17 @@ class SummedLabelScore(LabelScore):
     )
 
 
-def check_samples(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises InvalidInput where the pool's samples are one alone, which disagrees with nobody. shapes: by input."""
-    shape = shapes.get("samples")
-    if shape is not None and shape[1] < 2:
-        text = " ".join(map(str, shape))
-        words = f"with K at least 2, since one sample disagrees with nobody; it has ({text})"
-        raise InvalidInput(f"pool.samples needs shape (N K C) {words}", field="pool.samples")
+class Disagreement(Spec):
+    """The parameters of a strategy by which parameter samples disagree: one sample alone disagrees with nobody."""
+
+    def check_inputs(self, shapes: Mapping[str, tuple[int, ...]], returns: Collection[str]) -> None:
+        """Raises InvalidInput where the pool's samples are one alone."""
+        super().check_inputs(shapes, returns)
+        shape = shapes.get("samples")
+        if shape is not None and shape[1] < 2:
+            text = " ".join(map(str, shape))
+            words = f"with K at least 2, since one sample disagrees with nobody; it has ({text})"
+            raise InvalidInput(f"pool.samples needs shape (N K C) {words}", field="pool.samples")
 
 
 class RidgeScale(enum.StrEnum):

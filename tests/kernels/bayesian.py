@@ -7,14 +7,10 @@ import itertools
 import numpy as np
 
 from queryselect_service import strategy as strategies
+from tests.kernels.fisher import softmax
 from tests.strategy_case import ROWS, Inputs, StrategyCase
 
 K, C = 6, 4
-
-
-def softmax(z):
-    e = np.exp(z - z.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
 
 
 def sigmoid(z):

@@ -11,8 +11,8 @@ Information = np.ndarray
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
 
 
 def all_classes(embeddings: np.ndarray, probabilities: np.ndarray) -> Information:

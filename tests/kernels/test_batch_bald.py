@@ -52,10 +52,6 @@ class TestBatchBald(SampleScore):
     def make(self, rng):
         return {"samples": rng.normal(size=(ROWS, 1, 3)) + rng.normal(size=(ROWS, K, 3)) * 1.5}
 
-    def test_every_candidate_can_be_asked_for(self, local):
-        self.params = {"num_samples": 500}
-        super().test_every_candidate_can_be_asked_for(local)
-
 
 class TestDrawnBatchBald(SampleScore):
     """Few configurations, so that most picks are by drawn ones; the oracle is that of exact picks alone."""
@@ -85,10 +81,6 @@ class TestBatchBaldOfLabels(SampleScore):
 
     def oracle(self, inputs, k, context, candidates):
         return greedy(binary(sigmoid(inputs["samples"])).transpose(0, 2, 1, 3), k, candidates)
-
-    def test_every_candidate_can_be_asked_for(self, local):
-        self.params = {"num_samples": 500}
-        super().test_every_candidate_can_be_asked_for(local)
 
 
 def correlated(rng, rows=120, members=12, classes=4, noise=1.5):

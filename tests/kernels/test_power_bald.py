@@ -20,16 +20,6 @@ def gumbel(seed, rows):
     return -np.log(-np.log(uniform(seed, torch.arange(rows)).numpy()))
 
 
-class Perturbed:
-    """Brute force, by the seed of the select call; rows of scores (N,)."""
-
-    def perturbed(self, scores, candidates):
-        raise NotImplementedError
-
-    def oracle(self, inputs, k, context, candidates):
-        raise NotImplementedError
-
-
 class PowerCase(SampleScore):
     name = "power_bald"
     form = "POWER"
@@ -90,9 +80,6 @@ class TestSoftrankBald(PowerCase):
 
     # The ranks of other rows change with the rows that may be chosen.
     test_rows_that_no_limit_allows_are_as_good_as_no_candidates = None
-
-
-DATA_FORMS = {"power": PowerForm.POWER, "gibbs": PowerForm.SOFTMAX, "rank": PowerForm.SOFTRANK}
 
 
 def drawn(scores, seeds, k=1, **params):

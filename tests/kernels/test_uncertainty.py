@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 
 from queryselect import Client, Entropy, InvalidInput, LeastConfidence, Margin
+from tests.kernels.fisher import softmax
 from tests.strategy_case import ROWS, StrategyCase
-
-
-def softmax(z):
-    e = np.exp(z - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
 
 
 def entropy_of(p):

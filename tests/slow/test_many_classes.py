@@ -7,10 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks.loopback import process
 from benchmarks.machine import Usage, in_flight
-from benchmarks.transport import QUIETLY
-from queryselect import Cancelled, Client
+from tests.slow.servers import assert_stops_at_once, quiet_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROWS, DIMS, CLASSES = 10_000, 384, 77
@@ -29,10 +27,7 @@ def pool():
 
 @pytest.fixture(scope="module")
 def server():
-    with (
-        process("-m", "queryselect_service", *QUIETLY) as (pid, (port, metrics)),
-        Client(f"127.0.0.1:{port}") as client,
-    ):
+    with quiet_server() as (pid, metrics, client):
         yield pid, metrics, client
 
 
@@ -42,13 +37,7 @@ def test_a_cancelled_one_stops_within_a_quarter_of_a_second(server, pool, second
     job = client.submit("bait", 100, **pool)
     time.sleep(seconds)
     assert in_flight(metrics)
-    cancelled = time.monotonic()
-    job.cancel()
-    while in_flight(metrics):
-        assert time.monotonic() - cancelled < 0.25
-        time.sleep(0.002)
-    with pytest.raises(Cancelled):
-        job.result(5)
+    assert_stops_at_once(job, metrics)
 
 
 def test_two_of_150_classes_take_less_than_4_gb(server, pool):

@@ -7,10 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks.loopback import process
-from benchmarks.machine import Usage, in_flight
-from benchmarks.transport import QUIETLY
-from queryselect import Cancelled, Client
+from benchmarks.machine import Usage
+from tests.slow.servers import assert_stops_at_once, quiet_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROWS, DIMS, BUDGET = 1_000_000, 384, 100
@@ -23,10 +21,7 @@ def pool():
 
 @pytest.fixture(scope="module")
 def server(pool):
-    with (
-        process("-m", "queryselect_service", *QUIETLY) as (pid, (port, metrics)),
-        Client(f"127.0.0.1:{port}") as client,
-    ):
+    with quiet_server() as (pid, metrics, client):
         client.select("k_center_greedy", 1000, embeddings=pool[:20_000])  # what libraries take once
         yield pid, metrics, client
 
@@ -67,13 +62,7 @@ def test_a_cancelled_one_stops_and_its_memory_is_back(server, pool, phase):
     while not under_way:
         assert time.monotonic() < until
         time.sleep(0.01)
-    cancelled = time.monotonic()
-    job.cancel()
-    while in_flight(metrics):
-        assert time.monotonic() - cancelled < 0.25
-        time.sleep(0.002)
-    with pytest.raises(Cancelled):
-        job.result(5)
+    assert_stops_at_once(job, metrics)
     until = time.monotonic() + 1
     while before.now > 50:  # MB more than before
         assert time.monotonic() < until, f"{before.now:.0f} MB more than before"

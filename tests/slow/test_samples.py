@@ -7,10 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks.loopback import process
 from benchmarks.machine import Usage, in_flight
-from benchmarks.transport import QUIETLY
-from queryselect import Cancelled, Client
+from tests.slow.servers import assert_stops_at_once, quiet_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROWS, MEMBERS, CLASSES = 400_000, 25, 10
@@ -26,10 +24,7 @@ def samples():
 
 @pytest.fixture(scope="module")
 def server(samples):
-    with (
-        process("-m", "queryselect_service", *QUIETLY) as (pid, (port, metrics)),
-        Client(f"127.0.0.1:{port}") as client,
-    ):
+    with quiet_server() as (pid, metrics, client):
         client.select("bald", 1000, samples=samples[:20_000])  # what libraries take once
         yield pid, metrics, client
 
@@ -66,10 +61,4 @@ def test_what_takes_long_stops_soon(server, samples, name):
         time.sleep(0.01)
     time.sleep(4)  # in the midst of it
     assert in_flight(metrics)
-    cancelled = time.monotonic()
-    job.cancel()
-    while in_flight(metrics):
-        assert time.monotonic() - cancelled < 0.25
-        time.sleep(0.002)
-    with pytest.raises(Cancelled):
-        job.result(5)
+    assert_stops_at_once(job, metrics)

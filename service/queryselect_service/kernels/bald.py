@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from queryselect_service.maths.information import mutual_information, surprise, without_noise
+from queryselect_service.maths.information import logarithms, mutual_information, surprise, without_noise
 from queryselect_service.maths.noise import uniform
 from queryselect_service.shards import Shards, Whole
-from queryselect_service.spec import SummedLabelScore, check_samples, parameter
+from queryselect_service.spec import Disagreement, SummedLabelScore, parameter
 from queryselect_service.strategy import Task, pointwise
 
 #: Labels up to which JOINT sums over all label vectors; beyond, it draws as many as there are of so many labels.
@@ -34,7 +33,7 @@ class BaldAggregation(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Bald(SummedLabelScore):
+class Bald(Disagreement, SummedLabelScore):
     """Its parameters matter in a multi-label task only."""
 
     label_aggregation: BaldAggregation = parameter(  # type: ignore[assignment]  # those of all label scores, and JOINT
@@ -42,11 +41,6 @@ class Bald(SummedLabelScore):
         "How label scores become the row's score, in a multi-label task; JOINT: the information of the label vector, "
         "exact up to 13 labels",
     )
-
-    def check_inputs(self, shapes: Mapping[str, tuple[int, ...]], returns: Collection[str]) -> None:
-        """Raises InvalidInput for one sample."""
-        super().check_inputs(shapes, returns)
-        check_samples(shapes)
 
 
 @pointwise(
@@ -116,7 +110,7 @@ def _drawn(samples: Tensor) -> Tensor:
     draws = -(-(1 << EXACT_LABELS) // members)  # per parameter sample
     numbers = torch.arange(draws * members * labels, device=samples.device)
     noise = uniform(0, numbers).view(members, draws, labels)
-    logs = samples.clamp_min(torch.finfo(samples.dtype).tiny).log_()
+    logs = logarithms(samples)
     odds, absent = logs[..., 1] - logs[..., 0], logs[..., 0].sum(-1)  # (n, K, L), (n, K)
     found, most = samples.new_empty(n), math.log(members)
     for row in range(n):

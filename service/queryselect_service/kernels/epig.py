@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from queryselect_service.maths.information import entropy, surprise, without_noise
 from queryselect_service.maths.predictions import Samples
 from queryselect_service.shards import Shards, Whole
-from queryselect_service.spec import SummedLabelScore, check_samples
+from queryselect_service.spec import Disagreement, SummedLabelScore
 from queryselect_service.strategy import Sizes, block_rows, pointwise
 
 #: Joint probabilities that are in memory at once: 4 MB of float64.
@@ -21,14 +19,8 @@ TILE = 1 << 19
 GRID = 2.0**-40
 
 
-@dataclass(frozen=True)
-class Epig(SummedLabelScore):
+class Epig(Disagreement, SummedLabelScore):
     """Its parameters matter in a multi-label task only."""
-
-    def check_inputs(self, shapes: Mapping[str, tuple[int, ...]], returns: Collection[str]) -> None:
-        """Raises InvalidInput for one sample."""
-        super().check_inputs(shapes, returns)
-        check_samples(shapes)
 
 
 def _memory(sizes: Sizes, _: Epig) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,18 +9,13 @@ from torch import Tensor
 
 from queryselect_service.maths.information import divergences
 from queryselect_service.maths.labels import aggregate_labels
-from queryselect_service.spec import SummedLabelScore, check_samples
+from queryselect_service.spec import Disagreement, SummedLabelScore
 from queryselect_service.strategy import Task, pointwise
 
 
 @dataclass(frozen=True)
-class MaxDisagreement(SummedLabelScore):
+class MaxDisagreement(Disagreement, SummedLabelScore):
     """Its parameters matter in a multi-label task only."""
-
-    def check_inputs(self, shapes: Mapping[str, tuple[int, ...]], returns: Collection[str]) -> None:
-        """Raises InvalidInput for one sample."""
-        super().check_inputs(shapes, returns)
-        check_samples(shapes)
 
 
 @pointwise(

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Annotated
 
 from torch import Tensor
 
-from queryselect_service.spec import LabelScore, check_samples
+from queryselect_service.spec import Disagreement, LabelScore
 from queryselect_service.strategy import Task, pointwise
 
 
-@dataclass(frozen=True)
-class MeanStd(LabelScore):
+class MeanStd(Disagreement, LabelScore):
     """Its parameters matter in a multi-label task only."""
-
-    def check_inputs(self, shapes: Mapping[str, tuple[int, ...]], returns: Collection[str]) -> None:
-        """Raises InvalidInput for one sample."""
-        super().check_inputs(shapes, returns)
-        check_samples(shapes)
 
 
 @pointwise(

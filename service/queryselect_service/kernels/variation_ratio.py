@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Annotated
 
 from torch import Tensor
 
 from queryselect_service.maths.predictions import Samples
-from queryselect_service.spec import LabelScore, check_samples
+from queryselect_service.spec import Disagreement, LabelScore
 from queryselect_service.strategy import pointwise
 
 
-@dataclass(frozen=True)
-class VariationRatio(LabelScore):
+class VariationRatio(Disagreement, LabelScore):
     """Its parameters matter in a multi-label task only."""
-
-    def check_inputs(self, shapes: Mapping[str, tuple[int, ...]], returns: Collection[str]) -> None:
-        """Raises InvalidInput for one sample."""
-        super().check_inputs(shapes, returns)
-        check_samples(shapes)
 
 
 @pointwise(

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from queryselect_service.maths.information import entropy
 from queryselect_service.maths.predictions import Samples
-from queryselect_service.spec import LabelScore, check_samples, parameter
+from queryselect_service.spec import Disagreement, LabelScore, parameter
 from queryselect_service.strategy import pointwise
 
 
 @dataclass(frozen=True)
-class VoteEntropy(LabelScore):
+class VoteEntropy(Disagreement, LabelScore):
     """Its parameters; those of label scores matter in a multi-label task only."""
 
     soft: bool = parameter(False, "Whether members vote with their probabilities, not with their likeliest class")
@@ -24,9 +24,8 @@ class VoteEntropy(LabelScore):
 
     def check_inputs(self, shapes: Mapping[str, tuple[int, ...]], returns: Collection[str]) -> None:
         """Raises InvalidInput for one sample, but for soft votes: these may be split within one."""
-        super().check_inputs(shapes, returns)
         if not self.soft:
-            check_samples(shapes)
+            super().check_inputs(shapes, returns)
 
 
 @pointwise(

@@ -20,12 +20,17 @@ def entropy(p: Tensor) -> Tensor:
     return certain - torch.xlogy(rest, rest).sum(-1)
 
 
-def surprise(p: Tensor) -> Tensor:
-    """-p ln p of every entry, 0 ln 0 = 0.
+def logarithms(p: Tensor) -> Tensor:
+    """Ln p of every entry, a new tensor; that of 0 is that of the least normal number, so that 0 ln 0 is 0.
 
     Not xlogy, which torch computes one number at a time.
     """
-    return p.clamp_min(torch.finfo(p.dtype).tiny).log_().mul_(p).neg_()
+    return p.clamp_min(torch.finfo(p.dtype).tiny).log_()
+
+
+def surprise(p: Tensor) -> Tensor:
+    """-p ln p of every entry, 0 ln 0 = 0."""
+    return logarithms(p).mul_(p).neg_()
 
 
 def without_noise(information: Tensor, entropies: Tensor) -> Tensor:
@@ -39,7 +44,7 @@ def mutual_information(samples: Tensor) -> Tensor:
     Between 0, exactly so where the samples agree, and min(ln C, ln K).
     """
     total = entropy(samples.mean(1))
-    nats = samples.clamp_min(torch.finfo(samples.dtype).tiny).log_().mul_(samples)  # p ln p
+    nats = logarithms(samples).mul_(samples)  # p ln p
     expected = nats.sum((1, -1)) / -samples.shape[1]
     most = math.log(min(samples.shape[1], samples.shape[-1]))
     return without_noise(total - expected, total).clamp(max=most)
@@ -47,7 +52,6 @@ def mutual_information(samples: Tensor) -> Tensor:
 
 def divergences(samples: Tensor) -> Tensor:
     """KL(p_k | mean_k p_k), (n, K, ...), of distributions (n, K, ..., C)."""
-    tiny = torch.finfo(samples.dtype).tiny
     consensus = samples.mean(1, keepdim=True)
-    ratios = samples.clamp_min(tiny).log_().sub_(consensus.clamp_min(tiny).log_())
+    ratios = logarithms(samples).sub_(logarithms(consensus))
     return without_noise(ratios.mul_(samples).sum(-1), entropy(consensus))
