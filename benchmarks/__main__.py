@@ -20,6 +20,7 @@ from benchmarks.case import Benchmark, load, names
 from benchmarks.measure import compare
 from benchmarks.report import Row
 from benchmarks.verdict import judge
+from queryselect_service import allocator
 from queryselect_service import strategy as strategies
 
 
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(listing(wanted, chosen.device))
         return 0
     strategies.load()
+    allocator.prepare()  # as the server does
     called, told = computer(chosen.device)
     for name in wanted:
         limits = ceilings.measure(torch.device(chosen.device), quick=chosen.quick)

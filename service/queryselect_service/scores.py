@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import torch
 
 from queryselect_service.engine import POLL, Call, Place
 from queryselect_service.queue import Job
 from queryselect_service.request import Request
-from queryselect_service.strategy import per_row, score_block
+from queryselect_service.strategy import each_block, per_row, score_block
 from queryselect_service.upload import WINDOW, Block, Upload
 
 
@@ -64,12 +65,16 @@ class Scores:
         here = request.tensors()
         rowwise = per_row(request.strategy, here)
         started = time.monotonic()
-        for block in blocks:
+        values = self.values
+
+        def work(block: Block) -> None:
             call.check()
             parts = {name: x[block.rows] if name in rowwise else x for name, x in here.items()}
             inputs = {name: self._place.move(x) for name, x in {**block.tensors, **parts}.items()}
-            self.values[block.rows] = score_block(
+            values[block.rows] = score_block(
                 request.strategy, inputs, request.spec, request.task, request.kinds, call.check
             )
+
+        deque(each_block(request.strategy, work, blocks, self._device), maxlen=0)
         self._place.times.kernel += time.monotonic() - started
         return blocks

@@ -181,7 +181,7 @@ def run(settings: Settings) -> None:
     if level not in logging.getLevelNamesMapping():
         known = ", ".join(logging.getLevelNamesMapping())
         raise ValueError(f"log_level must be one of {known}; it is {settings.log_level!r}")
-    allocator.share_heaps()
+    allocator.prepare()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     log.info("settings\n%s", settings)
     stop = threading.Event()

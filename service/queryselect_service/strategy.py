@@ -13,17 +13,18 @@ import enum
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from queryselect_service import workers
 from queryselect_service.choice import Choice, Limits
 from queryselect_service.errors import InvalidInput
 from queryselect_service.maths.descriptors import scales_of
@@ -36,14 +37,15 @@ from queryselect_service.spec import LabelScore, Spec
 #: What kernels need of a selection, to be found here too.
 __all__ = ["Choice", "Limits", "Notice", "NoticeCode", "ScoreKind", "Selection", "StopReason"]
 
+Block = TypeVar("Block")
+
 #: What samples are, by the name that kernels have for the input.
 Kinds = Mapping[str, SamplesKind]
 NO_KINDS: Kinds = types.MappingProxyType({})
 #: Rows that a pointwise strategy scores at once: block borders never depend on how the rows arrived.
 POINTWISE_ROWS = 4096
 #: Fewer where a row has so many entries that a block would have more than this: a block must not take long, nor much.
-#: 2 MB of float64, of which the allocator keeps a few; what is larger it gives back and gets anew, page by page, for
-#: every step of a formula, and that takes longer than the formula.
+#: 2 MB of float64, of which the processor's caches hold a few.
 POINTWISE_ENTRIES = 1 << 18
 #: Bytes that scores and their ranking take (Whole.top), per row and per pick: the scores, masks, the rows of equal
 #: scores; and what finding the k highest of a block takes.
@@ -166,6 +168,7 @@ class Strategy:
     work: Callable[[Sizes], float]
     citation: str
     custom: bool = False
+    side_by_side: bool = False  # whether several blocks of rows may be scored at a time
     base_parameter: str = ""  # of a strategy on the scores of another: the parameter that names that one
     base: Strategy | None = None  # and that one, once it is known
 
@@ -271,6 +274,7 @@ def strategy(
     pseudo_labels: bool = False,
     seeded: bool = False,
     pointwise: bool = False,
+    side_by_side: bool = False,
     base_parameter: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated kernel under its own name.
@@ -319,6 +323,7 @@ def strategy(
             work=work,
             citation=citation,
             custom=not own,
+            side_by_side=side_by_side and own,  # others may not stand threads
             base_parameter=base_parameter,
         )
         return function
@@ -345,14 +350,14 @@ def pointwise(
     for what takes longer than 100 ms a block.
 
     copies: how many float64 copies of a block may take memory at once: those alive, and what the allocator keeps.
-    memory: of what does not depend on the block alone, in place of copies. work: as in `strategy`.
+    memory: of what does not depend on the block alone, in place of copies; then blocks come one after the other, and on
+    a processor not several at a time, each to one thread. work: as in `strategy`.
     """
 
     def of_blocks(sizes: Sizes, _: Spec) -> int:
         entries = max(1, sizes.entries // max(1, sizes.N))  # of a row
-        block = block_rows(entries) * entries
-        block = min(block, sizes.N * entries) * (2 if sizes.multilabel else 1)
-        return 8 * copies * block
+        blocks = min(workers.count() * block_rows(entries), sizes.N) * entries
+        return 8 * copies * blocks * (2 if sizes.multilabel else 1)
 
     blocks = memory or of_blocks
     return strategy(
@@ -364,6 +369,7 @@ def pointwise(
         work=work or (lambda sizes: 10.0 * sizes.entries),
         tasks=tasks,
         pointwise=True,
+        side_by_side=memory is None,
     )
 
 
@@ -553,12 +559,29 @@ def score(
     n, device = len(inputs[rowwise[0]]), inputs[rowwise[0]].device
     step = block_rows(max(inputs[name][:1].numel() for name in rowwise))
     scores = torch.empty(n, dtype=torch.float64, device=device)
-    for start in range(0, n, step):
-        pool.progress(start, n)
-        rows = slice(start, start + step)
+    blocks = [slice(start, start + step) for start in range(0, n, step)]
+
+    def work(rows: slice) -> None:
+        pool.check()
         block = {name: x[rows] if name in rowwise else x for name, x in inputs.items()}
         scores[rows] = score_block(strategy, block, spec, task, kinds, pool.check)
+
+    pool.progress(0, n)
+    for rows in each_block(strategy, work, blocks, device):
+        pool.progress(min(rows.stop, n), n)
     return scores
+
+
+def each_block(
+    strategy: Strategy, work: Callable[[Block], None], blocks: Sequence[Block], device: torch.device
+) -> Iterable[Block]:
+    """Does the work on blocks of rows, and yields each in turn once it is done: on a processor several at a time."""
+    if device.type == "cpu" and (strategy.base or strategy).side_by_side and workers.count() > 1:
+        yield from workers.each(work, blocks)
+        return
+    for block in blocks:
+        work(block)
+        yield block
 
 
 def score_block(

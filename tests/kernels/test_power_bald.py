@@ -17,7 +17,7 @@ from tests.strategy_case import ROWS, StrategyCase
 
 
 def gumbel(seed, rows):
-    return -np.log(-np.log(uniform(seed, torch.arange(rows)).numpy()))
+    return -np.log(-np.log(uniform(seed, torch.arange(rows), 1).numpy()))
 
 
 class PowerCase(SampleScore):

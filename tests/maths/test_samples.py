@@ -38,7 +38,7 @@ def test_no_number_is_denormal_and_none_moves_by_much(logits):
 def test_scores_are_those_of_all_digits(logits, score):
     found = Samples(logits, SamplesKind.LOGITS)[:]
     wanted = torch.exp(logits - logits.amax(-1, keepdim=True))
-    wanted /= wanted.sum(-1, keepdim=True)
+    wanted *= 1 / wanted.sum(-1, keepdim=True)
     change = (score(found) - score(wanted)).abs().max()
     assert change <= 1e-300 * logits.shape[-1]
 

