@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from queryselect_service.selection import Notice, NoticeCode
 from queryselect_service.shards import Shards
 
 #: Centres that one matrix product takes at once, and how many entries they may have.
@@ -105,6 +106,15 @@ class Points:
         for span in self.pool.spans(len(inert), self.embeddings.element_size() * self.embeddings.shape[1]):
             inert[span] = ~self.embeddings[span].any(dim=1)
         return inert
+
+    def inert_rows(self) -> tuple[Notice, ...]:
+        """A warning of the rows of all slices that have no length, where there are any."""
+        mine = self.pool.offset + self.inert().nonzero().squeeze(1)
+        rows = torch.cat([mine[:0], *(block for (block,) in self.pool.blocks(mine))])
+        if not len(rows):
+            return ()
+        message = f"{len(rows)} rows have length 0 and stay there when normalized"
+        return (Notice(NoticeCode.INERT_ROWS, message, rows),)
 
     def error_bound(self, nearest: Tensor) -> Tensor:
         """How wrong the fast squared distances (n,) to the nearest centre, d^2, can be, each.
