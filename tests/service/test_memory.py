@@ -67,7 +67,6 @@ CASES = [
     Case("expected_gradient_length", 300_000, 384, 10),
     Case("badge", 200_000, 384, 10, k=100),
     Case("badge", 100_000, 64, 100, k=300, dtype="float64"),
-    Case("badge", 100_000, 384, 10, k=50, params=(("normalize", True),)),
     Case("bait_diagonal", 100_000, 384, 10, k=5),
     Case("bait_diagonal", 100_000, 64, 20, k=5, task="MULTILABEL"),
     Case("bait_binary", 200_000, 128, 10, k=100),
