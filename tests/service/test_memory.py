@@ -65,6 +65,8 @@ CASES = [
     Case("k_center_greedy", 2_000_000, 32, k=10, labeled=100),
     Case("k_center_greedy", 60_000, 384, k=200, labeled=5000),
     Case("expected_gradient_length", 300_000, 384, 10),
+    Case("badge", 200_000, 384, 10, k=100),
+    Case("badge", 100_000, 64, 100, k=300, dtype="float64"),
     Case("bait_diagonal", 100_000, 384, 10, k=5),
     Case("bait_diagonal", 100_000, 64, 20, k=5, task="MULTILABEL"),
     Case("bait_binary", 200_000, 128, 10, k=100),

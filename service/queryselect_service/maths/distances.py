@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from queryselect_service.selection import Notice, NoticeCode
 from queryselect_service.shards import Shards
 
 #: Centres that one matrix product takes at once, and how many entries they may have.
@@ -80,12 +81,7 @@ class Points:
     def exact(self, rows: Tensor) -> Tensor:
         """Rows (m, D) as given -> the float64 rows (m, D) whose distances count, in memory of their own."""
         rows = rows.to(torch.float64, copy=True)
-        if not self.normalize:
-            return rows.mul_(self.scale)
-        for order in (math.inf, 2):  # the largest entry becomes 1 first, so that squares neither overflow nor vanish
-            lengths = torch.linalg.vector_norm(rows, order, dim=-1, keepdim=True)
-            rows /= lengths.clamp_min_(torch.finfo(torch.float64).tiny)
-        return rows
+        return unit_(rows) if self.normalize else rows.mul_(self.scale)
 
     def _moved(self, rows: Tensor) -> Tensor:
         """Rows (m, D) as given -> the same, less m, in float64."""
@@ -105,6 +101,15 @@ class Points:
         for span in self.pool.spans(len(inert), self.embeddings.element_size() * self.embeddings.shape[1]):
             inert[span] = ~self.embeddings[span].any(dim=1)
         return inert
+
+    def inert_rows(self) -> tuple[Notice, ...]:
+        """A warning of the rows of all slices that have no length, where there are any."""
+        mine = self.pool.offset + self.inert().nonzero().squeeze(1)
+        rows = torch.cat([mine[:0], *(block for (block,) in self.pool.blocks(mine))])
+        if not len(rows):
+            return ()
+        message = f"{len(rows)} rows have length 0 and stay there when normalized"
+        return (Notice(NoticeCode.INERT_ROWS, message, rows),)
 
     def error_bound(self, nearest: Tensor) -> Tensor:
         """How wrong the fast squared distances (n,) to the nearest centre, d^2, can be, each.
@@ -162,6 +167,14 @@ class Points:
                 ).amin(1)  # (s,)
                 nearest[part] = torch.minimum(nearest[part], distances)
         return nearest
+
+
+def unit_(rows: Tensor) -> Tensor:
+    """The rows (m, D), float64, scaled in place to unit Euclidean length; those without length stay as they are."""
+    for order in (math.inf, 2):  # the largest entry becomes 1 first, so that squares neither overflow nor vanish
+        lengths = torch.linalg.vector_norm(rows, order, dim=-1, keepdim=True)
+        rows /= lengths.clamp_min_(torch.finfo(torch.float64).tiny)
+    return rows
 
 
 def _batches(*centres: Tensor) -> Iterator[Tensor]:
