@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.queryselect/strategies/v1/representation.proto\x12\x19queryselect.strategies.v1\"5\n\rKCenterGreedy\x12\x16\n\tnormalize\x18\x01 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_normalizeB\xa2\x01\n\x1cio.queryselect.strategies.v1B\x13RepresentationProtoP\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.queryselect/strategies/v1/representation.proto\x12\x19queryselect.strategies.v1\"5\n\rKCenterGreedy\x12\x16\n\tnormalize\x18\x01 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_normalize\".\n\x06KMeans\x12\x16\n\tnormalize\x18\x01 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_normalizeB\xa2\x01\n\x1cio.queryselect.strategies.v1B\x13RepresentationProtoP\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,4 +34,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\034io.queryselect.strategies.v1B\023RepresentationProtoP\001ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\252\002\031QuerySelect.Strategies.V1'
   _globals['_KCENTERGREEDY']._serialized_start=77
   _globals['_KCENTERGREEDY']._serialized_end=130
+  _globals['_KMEANS']._serialized_start=132
+  _globals['_KMEANS']._serialized_end=178
 # @@protoc_insertion_point(module_scope)
