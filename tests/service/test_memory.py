@@ -64,6 +64,8 @@ CASES = [
     Case("k_center_greedy", 300_000, 384, k=10, labeled=300, params=(("normalize", True),)),
     Case("k_center_greedy", 2_000_000, 32, k=10, labeled=100),
     Case("k_center_greedy", 60_000, 384, k=200, labeled=5000),
+    Case("typiclust", 100_000, 256, k=100),
+    Case("typiclust", 100_000, 64, k=200, dtype="float64", params=(("normalize", False),)),
     Case("k_means", 200_000, 256, k=20),
     Case("k_means", 1_000_000, 16, k=50, params=(("normalize", True),)),
     Case("k_means", 100_000, 384, k=100, dtype="float64", offset=1e4),

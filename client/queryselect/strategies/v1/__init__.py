@@ -56,6 +56,9 @@ from queryselect.strategies.v1.plugin_pb2 import (
 from queryselect.strategies.v1.representation_pb2 import (
     KCenterGreedy,
     KMeans,
+    Typiclust,
+    DISTANCE_SQUARED_L2,
+    DISTANCE_L2,
 )
 from queryselect.strategies.v1.uncertainty_pb2 import (
     Entropy,
@@ -71,6 +74,8 @@ __all__ = [
     "BatchBald",
     "ConsensusKl",
     "Custom",
+    "DISTANCE_L2",
+    "DISTANCE_SQUARED_L2",
     "Entropy",
     "Epig",
     "ExpectedGradientLength",
@@ -110,6 +115,7 @@ __all__ = [
     "RIDGE_SCALE_ABSOLUTE",
     "RIDGE_SCALE_RELATIVE",
     "Random",
+    "Typiclust",
     "VariationRatio",
     "VoteEntropy",
 ]
