@@ -21,7 +21,7 @@ from queryselect_service.shards import Slices, Whole
 
 def plain_start(x, k, seed, weights):
     """Greedy k-means++ by its definition: a few rows are drawn by w D^2 at every step, and the best of them is kept."""
-    noise = [uniform(seed, torch.arange(len(x)), step).numpy() for step in range(k)]
+    noise = [uniform(seed, torch.arange(len(x)), kmeans.NOISE + step).numpy() for step in range(k)]
     rate = weights.astype(float)
     chosen = [int(np.where(rate > 0, np.log(noise[0]) / np.where(rate > 0, rate, 1), -np.inf).argmax())]
     apart = ((x[:, None] - x[None]) ** 2).sum(2)

@@ -11,7 +11,7 @@ from queryselect_service.maths import kmeans
 from queryselect_service.maths.distances import Points
 from queryselect_service.shards import Shards
 from queryselect_service.spec import Spec, parameter
-from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, Selection, Sizes, strategy
+from queryselect_service.strategy import Choice, ScoreKind, Selection, Sizes, strategy
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,6 @@ def k_means(
     """
     points = Points(embeddings, pool, normalize=spec.normalize)
     clusters = kmeans.k_means(points, choice.k, seed, weights)
-    indices, scores, made = kmeans.representatives(points, clusters, choice, choice.k)
+    indices, scores, warnings = kmeans.representatives(points, clusters, choice)
     notices = points.inert_rows() if spec.normalize else ()
-    return Selection(indices, scores, None, (*notices, *_repeated(indices[made:])))
-
-
-def _repeated(rows: Tensor) -> tuple[Notice, ...]:
-    """A warning of picks (r,) that represent no cluster of their own."""
-    if not len(rows):
-        return ()
-    message = f"there are not enough distinct rows: {len(rows)} picks are further rows near to centres"
-    return (Notice(NoticeCode.FALLBACK, message, rows),)
+    return Selection(indices, scores, None, (*notices, *warnings))

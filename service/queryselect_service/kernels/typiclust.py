@@ -13,7 +13,7 @@ from torch import Tensor
 
 from queryselect_service.maths import kmeans, typicality
 from queryselect_service.maths.distances import Points
-from queryselect_service.maths.farthest import FarthestFirst
+from queryselect_service.maths.farthest import farthest_rows
 from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, Selection, Sizes, strategy
@@ -124,7 +124,7 @@ def typiclust(
     notices = points.inert_rows() if spec.normalize else ()
     if len(indices) == choice.k:
         return Selection(found, typical, None, notices)
-    far, distances = _farthest(points, choice, context, torch.cat(rows))
+    far, distances = farthest_rows(points, choice, context, torch.cat(rows))
     warnings = _fallen_back(far, small, spec.min_cluster_size)
     return Selection(torch.cat([found, far]), torch.cat([typical, distances]), None, (*notices, *warnings))
 
@@ -171,26 +171,6 @@ def _most_typical(points: Points, members: Tensor, choice: Choice, spec: Typiclu
     alone = near == 0 and int(points.pool.sum(members.count_nonzero())) == 1
     apart = -near / points.scale / (points.scale if squared else 1)
     return best, torch.where(near == -math.inf, near, 0 if alone else 1 / (apart + EPSILON)), row
-
-
-def _farthest(points: Points, choice: Choice, context: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-    """What is left to choose, by distance from context (l,) and picks (p, D); without any, the row nearest to the mean.
-
-    Returns global rows (k,) and their distances (k,).
-    """
-    pool, count = points.pool, choice.k - len(picks)
-    centres = torch.cat([*(block for (block,) in pool.blocks(points.embeddings[context])), picks])
-    rows, scores = centres.new_empty(0, dtype=torch.int64), centres.new_empty(0, dtype=torch.float64)
-    if not len(centres):
-        best, score, row = choice.best(points.to_mean().neg_(), points.embeddings)
-        if choice.ends(score):
-            return rows, scores
-        choice.take(best)
-        rows, scores, centres = best[None], -score[None] / points.scale, row[None]
-    traversal = FarthestFirst(points, choice)
-    traversal.add(centres)
-    last, distances = traversal.pick(count - len(rows))
-    return torch.cat([rows, last]), torch.cat([scores, distances])
 
 
 def _fallen_back(rows: Tensor, small: int, least: int) -> Iterator[Notice]:

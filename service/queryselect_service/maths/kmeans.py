@@ -21,12 +21,17 @@ from torch import Tensor
 from queryselect_service.choice import Choice
 from queryselect_service.maths.distances import EXACT_BYTES, Points
 from queryselect_service.maths.noise import uniform
+from queryselect_service.selection import Notice, NoticeCode
 from queryselect_service.shards import SPAN_BYTES
 
+#: The step of the noise of the first draw, far from those of others with the same seed.
+NOISE = 1 << 32
 #: Lloyd's iterations at the most.
 ITERATIONS = 100
 #: The relative difference up to which two sums of squares are the same, fast as they are.
 SAME = 1e-6
+#: The relative difference up to which distances to a centre are ties, and that of masses, of the largest.
+TIE, SAME_MASS = 1e-10, 2.0**-40
 #: Bytes per row that a draw touches: its number, the noise and what that is made of.
 DRAW_BYTES = 128
 
@@ -153,7 +158,7 @@ def _races(points: Points, seed: int, step: int, rate: Tensor) -> Tensor:
     keys = torch.empty_like(rate)
     for span in points.pool.spans(len(rate), DRAW_BYTES):
         rows = torch.arange(offset + span.start, offset + span.stop, device=rate.device)
-        keys[span] = uniform(seed, rows, step).log_().div_(rate[span])
+        keys[span] = uniform(seed, rows, NOISE + step).log_().div_(rate[span])
     return keys
 
 
@@ -189,39 +194,46 @@ class _Sums:
 
 
 def representatives(
-    points: Points, clusters: Clusters, choice: Choice, count: int, among: Tensor | None = None
-) -> tuple[Tensor, Tensor, int]:
+    points: Points, clusters: Clusters, choice: Choice, among: Tensor | None = None
+) -> tuple[Tensor, Tensor, tuple[Notice, ...]]:
     """Takes the free row nearest to each centre, that of the heaviest cluster first; ties to the lowest row.
 
     A row that represents one cluster is not free for the next. Where there are fewer clusters than picks, the free rows
-    nearest to any centre follow. among: (n,) bool, rows to choose from; all.
+    nearest to any centre follow, with a warning. among: (n,) bool, rows to choose from; all.
 
-    Returns global rows (count,), minus their distances (count,) to the centre, not squared, and how many represent a
-    cluster. Fewer than `count` where the limits end the selection, or `among` has not so many.
+    Returns global rows (k,), minus their distances (k,) to the centre, not squared. Fewer than `choice.k` where the
+    limits end the selection, or `among` has not so many.
     """
-    pool = points.pool
+    pool, count = points.pool, choice.k
     allowed = choice.allowed if among is None else choice.allowed & among
-    order = clusters.masses.argsort(descending=True, stable=True)[:count]
-    centres = clusters.centres[order]  # (c, D)
+    masses = (clusters.masses / clusters.masses.amax() / SAME_MASS).round_()
+    centres = clusters.centres[masses.argsort(descending=True, stable=True)]  # (c, D)
     leaders = _Leaders(points, centres, allowed)
     indices, scores = [torch.empty(0, dtype=torch.int64, device=centres.device)], [centres.new_empty(0)]
     for number, centre in enumerate(centres):
         pool.progress(number, count)
-        row, score = choice.best(leaders.scores(number))
-        if float(score) < -float(leaders.sure[number]):  # the nearest are taken, or not free
-            away = _distances_to(points, centre).neg_()
-            row, score = choice.best(away if among is None else torch.where(among, away, -math.inf))
-        if float(score) == -math.inf:
+        near = leaders.scores(number)
+        _, best = choice.best(near)
+        if float(best) < -float(leaders.sure[number]):  # the nearest are taken, or not free
+            near = _distances_to(points, centre).neg_()
+            near = near if among is None else torch.where(among, near, -math.inf)
+            _, best = choice.best(near)
+        if float(best) == -math.inf:
             break
+        # The two rows of a cluster are equally far from their mean, whatever rounding says.
+        row, _, score = choice.best(torch.where(near >= best * (1 + TIE), 0.0, -math.inf), near)
         choice.take(row)
         indices.append(row[None])
         scores.append(score[None])
-    made = len(indices) - 1
-    if made < count:
-        rest = choice.walk(clusters.distances(points).neg_(), count - made, among)
-        indices.append(rest[0])
-        scores.append(rest[1])
-    return torch.cat(indices), torch.cat(scores) / points.scale, made
+    notices: tuple[Notice, ...] = ()
+    if len(indices) <= count:
+        rest, near = choice.walk(clusters.distances(points).neg_(), count - len(indices) + 1, among)
+        if len(rest):
+            message = f"there are not enough distinct rows: {len(rest)} picks are further rows near to centres"
+            notices = (Notice(NoticeCode.FALLBACK, message, rest),)
+        indices.append(rest)
+        scores.append(near)
+    return torch.cat(indices), torch.cat(scores) / points.scale, notices
 
 
 class _Leaders:

@@ -55,6 +55,7 @@ from queryselect.strategies.v1.plugin_pb2 import (
     Custom,
 )
 from queryselect.strategies.v1.representation_pb2 import (
+    DropQuery,
     KCenterGreedy,
     KMeans,
     Typiclust,
@@ -78,6 +79,7 @@ __all__ = [
     "Custom",
     "DISTANCE_L2",
     "DISTANCE_SQUARED_L2",
+    "DropQuery",
     "Entropy",
     "Epig",
     "ExpectedGradientLength",

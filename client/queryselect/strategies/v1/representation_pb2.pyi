@@ -125,3 +125,36 @@ class Typiclust(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
 
 global___Typiclust = Typiclust
+
+@typing.final
+class DropQuery(google.protobuf.message.Message):
+    """DropQuery: rows whose predicted class changes under dropout, one near each centre of as many clusters as picks."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PASSES_FIELD_NUMBER: builtins.int
+    DROPOUT_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    passes: builtins.int
+    """The passes with dropout. Default: 3."""
+    dropout: builtins.float
+    """The part of a row's entries that a pass leaves out. Default: 0.75."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length before it is clustered. Default: true."""
+    def __init__(
+        self,
+        *,
+        passes: builtins.int | None = ...,
+        dropout: builtins.float | None = ...,
+        normalize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_dropout", b"_dropout", "_normalize", b"_normalize", "_passes", b"_passes", "dropout", b"dropout", "normalize", b"normalize", "passes", b"passes"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_dropout", b"_dropout", "_normalize", b"_normalize", "_passes", b"_passes", "dropout", b"dropout", "normalize", b"normalize", "passes", b"passes"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_dropout", b"_dropout"]) -> typing.Literal["dropout"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_passes", b"_passes"]) -> typing.Literal["passes"] | None: ...
+
+global___DropQuery = DropQuery
