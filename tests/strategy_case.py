@@ -121,6 +121,11 @@ class StrategyCase:
         return self.strategy.seeded
 
     @property
+    def score_kind(self) -> str:
+        """What the scores of these inputs are."""
+        return self.strategy.score_kind
+
+    @property
     def constant(self) -> dict[str, torch.Tensor]:
         """What does not change with the pool's rows, by the names that kernels have for it."""
         theirs = {f"{self.strategy.roles[0].prefix}{name}": x for name, x in self.reference.items()}
@@ -501,5 +506,5 @@ class StrategyCase:
         got = self.select(local, self.inputs(data.draw(st.integers(0, 9))), k, **lists)
         assert len(got) == k == len(set(got.indices))
         assert set(got.indices) <= set(free)
-        assert got.score_kind == self.strategy.score_kind
+        assert got.score_kind == self.score_kind
         assert got.stop_reason == "MAX_ITEMS"

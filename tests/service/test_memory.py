@@ -66,6 +66,7 @@ CASES = [
     Case("k_center_greedy", 60_000, 384, k=200, labeled=5000),
     Case("typiclust", 100_000, 256, k=100),
     Case("typiclust", 100_000, 64, k=200, dtype="float64", params=(("normalize", False),)),
+    Case("typiclust_to_margin", 100_000, 256, 10, k=100),
     Case("drop_query", 100_000, 256, 10, k=20),
     Case("k_means", 200_000, 256, k=20),
     Case("k_means", 1_000_000, 16, k=50, params=(("normalize", True),)),

@@ -43,11 +43,18 @@ class Typiclust(Spec):
     normalize: bool = parameter(True, "Whether every row is scaled to unit Euclidean length first")
 
 
-def _memory(sizes: Sizes, spec: Typiclust) -> int:
+def memory(sizes: Sizes, spec: Typiclust) -> int:
+    """Of k-means, of a cluster, and of the rows that a traversal starts from."""
     clusters = min(sizes.L + sizes.k, spec.max_clusters)
     clustering = kmeans.memory(sizes.N, sizes.D, sizes.item, clusters, normalize=spec.normalize)
     one = typicality.memory(sizes.N, sizes.D, sizes.item, spec.neighbors)  # all rows may be one cluster
     return clustering + one + (sizes.L + sizes.k) * sizes.D * sizes.item + SPAN_BYTES
+
+
+def work(sizes: Sizes) -> float:
+    """Of k-means, and of comparing the rows of each cluster."""
+    clusters = min(sizes.L + sizes.k, Typiclust().max_clusters)
+    return float(sizes.N) * sizes.D * (kmeans.ITERATIONS * clusters + sizes.N / max(1, clusters))
 
 
 @strategy(
@@ -57,8 +64,8 @@ def _memory(sizes: Sizes, spec: Typiclust) -> int:
     seeded=True,
     cost="O(N D c) time per iteration of k-means into c = min(L + k, max_clusters) clusters, O(D m²) per pick from a "
     "cluster of m rows; O(N D) memory",
-    memory=_memory,
-    work=lambda sizes: float(sizes.N) * sizes.D * (100 * min(sizes.L + sizes.k, 500) + sizes.N // max(1, sizes.k)),
+    memory=memory,
+    work=work,
     citation="Hacohen, Dekel and Weinshall, Active learning on a budget: opposite strategies suit high and low budgets "
     "(ICML 2022), arXiv:2202.02794, section 3; clusters, their order and distances as in the authors' code",
 )

@@ -59,6 +59,7 @@ from queryselect.strategies.v1.representation_pb2 import (
     KCenterGreedy,
     KMeans,
     Typiclust,
+    TypiclustToMargin,
     DISTANCE_SQUARED_L2,
     DISTANCE_L2,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "RIDGE_SCALE_RELATIVE",
     "Random",
     "Typiclust",
+    "TypiclustToMargin",
     "VariationRatio",
     "VoteEntropy",
 ]

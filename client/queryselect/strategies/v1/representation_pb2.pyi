@@ -127,6 +127,57 @@ class Typiclust(google.protobuf.message.Message):
 global___Typiclust = Typiclust
 
 @typing.final
+class TypiclustToMargin(google.protobuf.message.Message):
+    """TCM: TypiClust as long as few rows are labelled, then margin."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_CLUSTERS_FIELD_NUMBER: builtins.int
+    MIN_CLUSTER_SIZE_FIELD_NUMBER: builtins.int
+    NEIGHBORS_FIELD_NUMBER: builtins.int
+    DISTANCE_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    SWITCH_AT_FIELD_NUMBER: builtins.int
+    max_clusters: builtins.int
+    """The most clusters that k-means makes. Default: 500."""
+    min_cluster_size: builtins.int
+    """Clusters of at most so many rows are left out. Default: 5."""
+    neighbors: builtins.int
+    """The neighbours whose distance counts, at most half of a cluster. Default: 20."""
+    distance: global___Distance.ValueType
+    """Whether neighbours' distances are squared. Default: SQUARED_L2."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: true."""
+    switch_at: builtins.int
+    """The labelled rows from which margin takes over. Default: 20 per class."""
+    def __init__(
+        self,
+        *,
+        max_clusters: builtins.int | None = ...,
+        min_cluster_size: builtins.int | None = ...,
+        neighbors: builtins.int | None = ...,
+        distance: global___Distance.ValueType | None = ...,
+        normalize: builtins.bool | None = ...,
+        switch_at: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_distance", b"_distance", "_max_clusters", b"_max_clusters", "_min_cluster_size", b"_min_cluster_size", "_neighbors", b"_neighbors", "_normalize", b"_normalize", "_switch_at", b"_switch_at", "distance", b"distance", "max_clusters", b"max_clusters", "min_cluster_size", b"min_cluster_size", "neighbors", b"neighbors", "normalize", b"normalize", "switch_at", b"switch_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_distance", b"_distance", "_max_clusters", b"_max_clusters", "_min_cluster_size", b"_min_cluster_size", "_neighbors", b"_neighbors", "_normalize", b"_normalize", "_switch_at", b"_switch_at", "distance", b"distance", "max_clusters", b"max_clusters", "min_cluster_size", b"min_cluster_size", "neighbors", b"neighbors", "normalize", b"normalize", "switch_at", b"switch_at"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_distance", b"_distance"]) -> typing.Literal["distance"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_clusters", b"_max_clusters"]) -> typing.Literal["max_clusters"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_cluster_size", b"_min_cluster_size"]) -> typing.Literal["min_cluster_size"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_neighbors", b"_neighbors"]) -> typing.Literal["neighbors"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_switch_at", b"_switch_at"]) -> typing.Literal["switch_at"] | None: ...
+
+global___TypiclustToMargin = TypiclustToMargin
+
+@typing.final
 class DropQuery(google.protobuf.message.Message):
     """DropQuery: rows whose predicted class changes under dropout, one near each centre of as many clusters as picks."""
 
