@@ -68,5 +68,6 @@ class Selection:
     notices: tuple[Notice, ...] = ()
     # () -> (n,) int64, of all rows here, and what is to be said of them alone; likewise
     pseudo_labels: Callable[[], tuple[Tensor, tuple[Notice, ...]]] | None = None
+    score_kind: ScoreKind | None = None  # what the scores are, where that is not what the strategy says of itself
     stop_reason: StopReason = StopReason.MAX_ITEMS
     cost_spent: float | None = None  # what the picks cost together; None where the request gave no costs

@@ -449,8 +449,9 @@ def encode(selection: Selection | None, request: Request, large: Large | None = 
 
     large: is given the tensors that are better sent apart, by path; None: all stand in the message.
     """
+    kind = (None if selection is None else selection.score_kind) or request.strategy.score_kind
     message = selection_pb2.SelectResponse(
-        score_kind=_score_kind(request.strategy.score_kind), strategy=encode_strategy(request.strategy, request.spec)
+        score_kind=_score_kind(kind), strategy=encode_strategy(request.strategy, request.spec)
     )
     for notice in request.notices if selection is None else selection.notices:
         warning = message.warnings.add()

@@ -64,6 +64,13 @@ CASES = [
     Case("k_center_greedy", 300_000, 384, k=10, labeled=300, params=(("normalize", True),)),
     Case("k_center_greedy", 2_000_000, 32, k=10, labeled=100),
     Case("k_center_greedy", 60_000, 384, k=200, labeled=5000),
+    Case("typiclust", 100_000, 256, k=100),
+    Case("typiclust", 100_000, 64, k=200, dtype="float64", params=(("normalize", False),)),
+    Case("typiclust_to_margin", 100_000, 256, 10, k=100),
+    Case("drop_query", 100_000, 256, 10, k=20),
+    Case("k_means", 200_000, 256, k=20),
+    Case("k_means", 1_000_000, 16, k=50, params=(("normalize", True),)),
+    Case("k_means", 100_000, 384, k=100, dtype="float64", offset=1e4),
     Case("expected_gradient_length", 300_000, 384, 10),
     Case("badge", 200_000, 384, 10, k=100),
     Case("badge", 100_000, 64, 100, k=300, dtype="float64"),
@@ -131,6 +138,8 @@ def letters(case: Case) -> dict[str, list[str]]:
             found[name] = ["D"] if each.field == "scales" else each.shape.split()[1:]
     if case.references and case.classes:
         found |= {"probabilities": ["C"], "validation_probabilities": ["C"]}
+    if case.strategy == "drop_query":
+        found |= {"head_weights": ["D"]}
     return found
 
 
@@ -139,8 +148,11 @@ def widths(case: Case) -> dict[str, int]:
     return {"D": case.width, "C": case.classes or case.width, "K": case.samples}
 
 
-def of_references(name: str) -> bool:
-    return name.startswith(("validation", "target"))
+def rows_of(case: Case, name: str, rows: int) -> int:
+    """How many rows an input has where the pool has so many: C those of a head, those of references their own."""
+    if name == "head_weights":
+        return case.classes
+    return min(rows, case.references) if name.startswith(("validation", "target")) else rows
 
 
 def measure(case: Case) -> tuple[int, int]:
@@ -152,7 +164,7 @@ def measure(case: Case) -> tuple[int, int]:
     def run(rows: int, k: int, labeled: int, watched: bool) -> tuple[int, int]:
         inputs = {}
         for name, some in letters(case).items():
-            count = min(rows, case.references) if of_references(name) else rows
+            count = rows_of(case, name, rows)
             x = np.random.default_rng(0).random((count, *(widths(case)[letter] for letter in some)), np.float32)
             if name.endswith(("probabilities", "samples")) and case.task == "MULTICLASS":
                 x /= x.sum(-1, keepdims=True)
@@ -193,7 +205,7 @@ def estimate(case: Case) -> int:
     for name, some in letters(case).items():
         sizes |= {letter: widths(case)[letter] for letter in some}
         width = math.prod(sizes[letter] for letter in some)
-        inputs += (case.references if of_references(name) else case.rows) * width * item
+        inputs += rows_of(case, name, case.rows) * width * item
     known = Sizes(
         entries=inputs // item,
         N=case.rows,

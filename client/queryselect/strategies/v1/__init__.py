@@ -55,7 +55,13 @@ from queryselect.strategies.v1.plugin_pb2 import (
     Custom,
 )
 from queryselect.strategies.v1.representation_pb2 import (
+    DropQuery,
     KCenterGreedy,
+    KMeans,
+    Typiclust,
+    TypiclustToMargin,
+    DISTANCE_SQUARED_L2,
+    DISTANCE_L2,
 )
 from queryselect.strategies.v1.uncertainty_pb2 import (
     Entropy,
@@ -72,6 +78,9 @@ __all__ = [
     "BatchBald",
     "ConsensusKl",
     "Custom",
+    "DISTANCE_L2",
+    "DISTANCE_SQUARED_L2",
+    "DropQuery",
     "Entropy",
     "Epig",
     "ExpectedGradientLength",
@@ -83,6 +92,7 @@ __all__ = [
     "KERNEL_PCC",
     "KERNEL_PRODUCT",
     "KERNEL_SUM",
+    "KMeans",
     "LABEL_AGGREGATION_JOINT",
     "LABEL_AGGREGATION_MAX",
     "LABEL_AGGREGATION_MEAN",
@@ -110,6 +120,8 @@ __all__ = [
     "RIDGE_SCALE_ABSOLUTE",
     "RIDGE_SCALE_RELATIVE",
     "Random",
+    "Typiclust",
+    "TypiclustToMargin",
     "VariationRatio",
     "VoteEntropy",
 ]

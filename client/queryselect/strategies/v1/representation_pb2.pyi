@@ -5,10 +5,41 @@ Strategies that look at the geometry of the embeddings."""
 
 import builtins
 import google.protobuf.descriptor
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sys
 import typing
 
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
+
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _Distance:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DistanceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Distance.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DISTANCE_UNSPECIFIED: _Distance.ValueType  # 0
+    """The strategy's own default."""
+    DISTANCE_SQUARED_L2: _Distance.ValueType  # 1
+    """Squared Euclidean distances, as in the authors' code."""
+    DISTANCE_L2: _Distance.ValueType  # 2
+    """Euclidean distances, as in the paper."""
+
+class Distance(_Distance, metaclass=_DistanceEnumTypeWrapper):
+    """What the distances to a row's neighbours are that are averaged."""
+
+DISTANCE_UNSPECIFIED: Distance.ValueType  # 0
+"""The strategy's own default."""
+DISTANCE_SQUARED_L2: Distance.ValueType  # 1
+"""Squared Euclidean distances, as in the authors' code."""
+DISTANCE_L2: Distance.ValueType  # 2
+"""Euclidean distances, as in the paper."""
+global___Distance = Distance
 
 @typing.final
 class KCenterGreedy(google.protobuf.message.Message):
@@ -29,3 +60,152 @@ class KCenterGreedy(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
 
 global___KCenterGreedy = KCenterGreedy
+
+@typing.final
+class KMeans(google.protobuf.message.Message):
+    """k-means with as many clusters as picks: the row nearest to every centre."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: false."""
+    def __init__(
+        self,
+        *,
+        normalize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_normalize", b"_normalize", "normalize", b"normalize"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_normalize", b"_normalize", "normalize", b"normalize"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+
+global___KMeans = KMeans
+
+@typing.final
+class Typiclust(google.protobuf.message.Message):
+    """TypiClust: the most typical row of each cluster, first of those without labelled rows."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_CLUSTERS_FIELD_NUMBER: builtins.int
+    MIN_CLUSTER_SIZE_FIELD_NUMBER: builtins.int
+    NEIGHBORS_FIELD_NUMBER: builtins.int
+    DISTANCE_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    max_clusters: builtins.int
+    """The most clusters that k-means makes. Default: 500."""
+    min_cluster_size: builtins.int
+    """Clusters of at most so many rows are left out. Default: 5."""
+    neighbors: builtins.int
+    """The neighbours whose distance counts, at most half of a cluster. Default: 20."""
+    distance: global___Distance.ValueType
+    """Whether neighbours' distances are squared. Default: SQUARED_L2."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: true."""
+    def __init__(
+        self,
+        *,
+        max_clusters: builtins.int | None = ...,
+        min_cluster_size: builtins.int | None = ...,
+        neighbors: builtins.int | None = ...,
+        distance: global___Distance.ValueType | None = ...,
+        normalize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_distance", b"_distance", "_max_clusters", b"_max_clusters", "_min_cluster_size", b"_min_cluster_size", "_neighbors", b"_neighbors", "_normalize", b"_normalize", "distance", b"distance", "max_clusters", b"max_clusters", "min_cluster_size", b"min_cluster_size", "neighbors", b"neighbors", "normalize", b"normalize"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_distance", b"_distance", "_max_clusters", b"_max_clusters", "_min_cluster_size", b"_min_cluster_size", "_neighbors", b"_neighbors", "_normalize", b"_normalize", "distance", b"distance", "max_clusters", b"max_clusters", "min_cluster_size", b"min_cluster_size", "neighbors", b"neighbors", "normalize", b"normalize"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_distance", b"_distance"]) -> typing.Literal["distance"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_clusters", b"_max_clusters"]) -> typing.Literal["max_clusters"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_cluster_size", b"_min_cluster_size"]) -> typing.Literal["min_cluster_size"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_neighbors", b"_neighbors"]) -> typing.Literal["neighbors"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+
+global___Typiclust = Typiclust
+
+@typing.final
+class TypiclustToMargin(google.protobuf.message.Message):
+    """TCM: TypiClust as long as few rows are labelled, then margin."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_CLUSTERS_FIELD_NUMBER: builtins.int
+    MIN_CLUSTER_SIZE_FIELD_NUMBER: builtins.int
+    NEIGHBORS_FIELD_NUMBER: builtins.int
+    DISTANCE_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    SWITCH_AT_FIELD_NUMBER: builtins.int
+    max_clusters: builtins.int
+    """The most clusters that k-means makes. Default: 500."""
+    min_cluster_size: builtins.int
+    """Clusters of at most so many rows are left out. Default: 5."""
+    neighbors: builtins.int
+    """The neighbours whose distance counts, at most half of a cluster. Default: 20."""
+    distance: global___Distance.ValueType
+    """Whether neighbours' distances are squared. Default: SQUARED_L2."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: true."""
+    switch_at: builtins.int
+    """The labelled rows from which margin takes over. Default: 20 per class."""
+    def __init__(
+        self,
+        *,
+        max_clusters: builtins.int | None = ...,
+        min_cluster_size: builtins.int | None = ...,
+        neighbors: builtins.int | None = ...,
+        distance: global___Distance.ValueType | None = ...,
+        normalize: builtins.bool | None = ...,
+        switch_at: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_distance", b"_distance", "_max_clusters", b"_max_clusters", "_min_cluster_size", b"_min_cluster_size", "_neighbors", b"_neighbors", "_normalize", b"_normalize", "_switch_at", b"_switch_at", "distance", b"distance", "max_clusters", b"max_clusters", "min_cluster_size", b"min_cluster_size", "neighbors", b"neighbors", "normalize", b"normalize", "switch_at", b"switch_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_distance", b"_distance", "_max_clusters", b"_max_clusters", "_min_cluster_size", b"_min_cluster_size", "_neighbors", b"_neighbors", "_normalize", b"_normalize", "_switch_at", b"_switch_at", "distance", b"distance", "max_clusters", b"max_clusters", "min_cluster_size", b"min_cluster_size", "neighbors", b"neighbors", "normalize", b"normalize", "switch_at", b"switch_at"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_distance", b"_distance"]) -> typing.Literal["distance"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_clusters", b"_max_clusters"]) -> typing.Literal["max_clusters"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_cluster_size", b"_min_cluster_size"]) -> typing.Literal["min_cluster_size"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_neighbors", b"_neighbors"]) -> typing.Literal["neighbors"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_switch_at", b"_switch_at"]) -> typing.Literal["switch_at"] | None: ...
+
+global___TypiclustToMargin = TypiclustToMargin
+
+@typing.final
+class DropQuery(google.protobuf.message.Message):
+    """DropQuery: rows whose predicted class changes under dropout, one near each centre of as many clusters as picks."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PASSES_FIELD_NUMBER: builtins.int
+    DROPOUT_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    passes: builtins.int
+    """The passes with dropout. Default: 3."""
+    dropout: builtins.float
+    """The part of a row's entries that a pass leaves out. Default: 0.75."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length before it is clustered. Default: true."""
+    def __init__(
+        self,
+        *,
+        passes: builtins.int | None = ...,
+        dropout: builtins.float | None = ...,
+        normalize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_dropout", b"_dropout", "_normalize", b"_normalize", "_passes", b"_passes", "dropout", b"dropout", "normalize", b"normalize", "passes", b"passes"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_dropout", b"_dropout", "_normalize", b"_normalize", "_passes", b"_passes", "dropout", b"dropout", "normalize", b"normalize", "passes", b"passes"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_dropout", b"_dropout"]) -> typing.Literal["dropout"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_passes", b"_passes"]) -> typing.Literal["passes"] | None: ...
+
+global___DropQuery = DropQuery
