@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from queryselect_service.maths.distances import Points, power_of_two, unit_
-from queryselect_service.maths.farthest import FarthestFirst
+from queryselect_service.maths.farthest import farthest_rows
 from queryselect_service.maths.noise import uniform
 from queryselect_service.maths.predictions import Predictions
 from queryselect_service.shards import SPAN_BYTES, Shards
@@ -97,10 +97,7 @@ def badge(
     notices: tuple[Notice, ...] = ()
     if left:
         points = Points(embeddings, pool, normalize=spec.normalize)
-        farthest = FarthestFirst(points, choice)
-        farthest.add_rows(context)
-        farthest.add_picks(torch.cat(rows))
-        others, distances = farthest.pick(left)
+        others, distances = farthest_rows(points, choice, context, torch.cat(rows))
         if len(others):
             message = f"{len(others)} picks are farthest-first by embedding, since no gradient tells the rows apart"
             notices = (Notice(NoticeCode.SATURATED, message, others),)

@@ -108,7 +108,7 @@ def drop_query(
         indices, scores, warnings = kmeans.representatives(points, clusters, choice, unsettled)
         notices = (*notices, *warnings)
     if len(indices) < choice.k:
-        far, distances = farthest_rows(points, choice, context, _rows_of(indices, points))
+        far, distances = farthest_rows(points, choice, context, indices)
         if len(far):
             words = (
                 f"the class of {found} rows changes under dropout: {len(far)} picks are the farthest of the others, "
@@ -158,12 +158,3 @@ def _unsettled(changed: Tensor, passes: int, choice: Choice, pool: Shards) -> tu
         if found >= ENOUGH * choice.k or not threshold:
             return unsettled, found
         threshold -= 1
-
-
-def _rows_of(picks: Tensor, points: Points) -> Tensor:
-    """The rows (p, D), as given, of global picks (p,), in all slices."""
-    here = picks - points.pool.offset
-    rows = points.mean.new_zeros(len(picks), len(points.mean))
-    mine = ((here >= 0) & (here < len(points.embeddings))).nonzero().squeeze(1)
-    rows[mine] = points.embeddings[here[mine]].double()
-    return points.pool.sum(rows).to(points.embeddings.dtype)  # zeros but for one

@@ -113,17 +113,15 @@ def typiclust(
     order, small = _order(labels, count, context, spec.min_cluster_size, pool)
     indices: list[Tensor] = []
     scores: list[Tensor] = []
-    rows = [embeddings[:0]]
     for cluster in _turns(order, labels, remaining, choice, pool):
         pool.progress(len(indices), choice.k)
-        best, score, row = _most_typical(points, remaining & (labels == cluster), choice, spec)
+        best, score = _most_typical(points, remaining & (labels == cluster), choice, spec)
         if float(score) == -math.inf:  # limits have closed what was left of it
             continue
         choice.take(best)
         remaining &= torch.arange(pool.offset, pool.offset + len(remaining), device=best.device) != best
         indices.append(best)
         scores.append(score)
-        rows.append(row[None])
         if len(indices) == choice.k:
             break
     none = torch.empty(0, dtype=torch.int64, device=labels.device)
@@ -131,7 +129,7 @@ def typiclust(
     notices = points.inert_rows() if spec.normalize else ()
     if len(indices) == choice.k:
         return Selection(found, typical, None, notices)
-    far, distances = farthest_rows(points, choice, context, torch.cat(rows))
+    far, distances = farthest_rows(points, choice, context, found)
     warnings = _fallen_back(far, small, spec.min_cluster_size)
     return Selection(torch.cat([found, far]), torch.cat([typical, distances]), None, (*notices, *warnings))
 
@@ -168,16 +166,16 @@ def _turns(order: list[int], labels: Tensor, remaining: Tensor, choice: Choice, 
         yield from (cluster for cluster in order if members[cluster])
 
 
-def _most_typical(points: Points, members: Tensor, choice: Choice, spec: Typiclust) -> tuple[Tensor, Tensor, Tensor]:
-    """The free member of the highest typicality, members being (n,) bool: its global row, that, and its row (D,)."""
+def _most_typical(points: Points, members: Tensor, choice: Choice, spec: Typiclust) -> tuple[Tensor, Tensor]:
+    """The free member of the highest typicality, members being (n,) bool: its global row, and that."""
     squared = spec.distance is Distance.SQUARED_L2
     at = members.nonzero().squeeze(1)
     rows, means = typicality.neighborhoods(points, at, choice.free[at], spec.neighbors, squared=squared)
     nearness = torch.full(members.shape, -math.inf, dtype=torch.float64, device=at.device).index_copy_(0, rows, -means)
-    best, near, row = choice.best(nearness, points.embeddings)
+    best, near = choice.best(nearness)
     alone = near == 0 and int(points.pool.sum(members.count_nonzero())) == 1
     apart = -near / points.scale / (points.scale if squared else 1)
-    return best, torch.where(near == -math.inf, near, 0 if alone else 1 / (apart + EPSILON)), row
+    return best, torch.where(near == -math.inf, near, 0 if alone else 1 / (apart + EPSILON))
 
 
 def _fallen_back(rows: Tensor, small: int, least: int) -> Iterator[Notice]:

@@ -133,23 +133,14 @@ class FarthestFirst:
 
 
 def farthest_rows(points: Points, choice: Choice, context: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-    """Takes what is left of `choice.k` picks, by distance from context (l,), rows here, and picks (p, D), as given.
+    """Takes what is left of `choice.k` picks, by distance from context (l,), rows here, and picks (p,), global rows.
 
-    Without any of these the first is the row nearest to the mean, at its distance from it. Returns global rows (r,) and
-    their distances (r,), float64; fewer where the limits end the selection.
+    Returns global rows (r,) and their distances (r,), as FarthestFirst.pick does.
     """
-    centres = torch.cat([*(block for (block,) in points.pool.blocks(points.embeddings[context])), picks])
-    rows, distances = choice.free.new_empty(0, dtype=torch.int64), points.mean.new_empty(0)
-    if not len(centres):
-        best, score, row = choice.best(points.to_mean().neg_(), points.embeddings)
-        if choice.ends(score):
-            return rows, distances
-        choice.take(best)
-        rows, distances, centres = best[None], -score[None] / points.scale, row[None]
     traversal = FarthestFirst(points, choice)
-    traversal.add(centres)
-    last, theirs = traversal.pick(choice.k - len(picks) - len(rows))
-    return torch.cat([rows, last]), torch.cat([distances, theirs])
+    traversal.add_rows(context)
+    traversal.add_picks(picks)
+    return traversal.pick(choice.k - len(picks))
 
 
 class _Frontier:
