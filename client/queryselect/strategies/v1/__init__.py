@@ -55,6 +55,11 @@ from queryselect.strategies.v1.plugin_pb2 import (
 )
 from queryselect.strategies.v1.representation_pb2 import (
     KCenterGreedy,
+    MaxHerding,
+    UncertaintyHerding,
+    UNCERTAINTY_MARGIN,
+    UNCERTAINTY_ENTROPY,
+    UNCERTAINTY_CONFIDENCE,
 )
 from queryselect.strategies.v1.uncertainty_pb2 import (
     Entropy,
@@ -89,6 +94,7 @@ __all__ = [
     "LeastConfidence",
     "Margin",
     "MaxDisagreement",
+    "MaxHerding",
     "MeanStd",
     "OBJECTIVE_TRACE",
     "POWER_FORM_POWER",
@@ -108,6 +114,10 @@ __all__ = [
     "RIDGE_SCALE_ABSOLUTE",
     "RIDGE_SCALE_RELATIVE",
     "Random",
+    "UNCERTAINTY_CONFIDENCE",
+    "UNCERTAINTY_ENTROPY",
+    "UNCERTAINTY_MARGIN",
+    "UncertaintyHerding",
     "VariationRatio",
     "VoteEntropy",
 ]

@@ -5,10 +5,45 @@ Strategies that look at the geometry of the embeddings."""
 
 import builtins
 import google.protobuf.descriptor
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sys
 import typing
 
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
+
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _Uncertainty:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _UncertaintyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Uncertainty.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    UNCERTAINTY_UNSPECIFIED: _Uncertainty.ValueType  # 0
+    """MARGIN."""
+    UNCERTAINTY_MARGIN: _Uncertainty.ValueType  # 1
+    """1 - (p1 - p2)."""
+    UNCERTAINTY_ENTROPY: _Uncertainty.ValueType  # 2
+    """The entropy, in nats."""
+    UNCERTAINTY_CONFIDENCE: _Uncertainty.ValueType  # 3
+    """1 - p1."""
+
+class Uncertainty(_Uncertainty, metaclass=_UncertaintyEnumTypeWrapper):
+    """How unsure a distribution is; p1 and p2 are its largest probabilities."""
+
+UNCERTAINTY_UNSPECIFIED: Uncertainty.ValueType  # 0
+"""MARGIN."""
+UNCERTAINTY_MARGIN: Uncertainty.ValueType  # 1
+"""1 - (p1 - p2)."""
+UNCERTAINTY_ENTROPY: Uncertainty.ValueType  # 2
+"""The entropy, in nats."""
+UNCERTAINTY_CONFIDENCE: Uncertainty.ValueType  # 3
+"""1 - p1."""
+global___Uncertainty = Uncertainty
 
 @typing.final
 class KCenterGreedy(google.protobuf.message.Message):
@@ -29,3 +64,81 @@ class KCenterGreedy(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
 
 global___KCenterGreedy = KCenterGreedy
+
+@typing.final
+class MaxHerding(google.protobuf.message.Message):
+    """MaxHerding: the row that brings the pool nearest to what is labelled or chosen, nearness by a Gaussian kernel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BANDWIDTH_FIELD_NUMBER: builtins.int
+    ADAPTIVE_BANDWIDTH_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    bandwidth: builtins.float
+    """h in the kernel exp(-d²/h²), above 0; in units of the embeddings. Default: 1."""
+    adaptive_bandwidth: builtins.bool
+    """Whether h is the least distance above 0 between labelled rows, where there is one. Default: false."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: true."""
+    def __init__(
+        self,
+        *,
+        bandwidth: builtins.float | None = ...,
+        adaptive_bandwidth: builtins.bool | None = ...,
+        normalize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth", "_bandwidth", b"_bandwidth", "_normalize", b"_normalize", "adaptive_bandwidth", b"adaptive_bandwidth", "bandwidth", b"bandwidth", "normalize", b"normalize"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth", "_bandwidth", b"_bandwidth", "_normalize", b"_normalize", "adaptive_bandwidth", b"adaptive_bandwidth", "bandwidth", b"bandwidth", "normalize", b"normalize"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth"]) -> typing.Literal["adaptive_bandwidth"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_bandwidth", b"_bandwidth"]) -> typing.Literal["bandwidth"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+
+global___MaxHerding = MaxHerding
+
+@typing.final
+class UncertaintyHerding(google.protobuf.message.Message):
+    """The same, where a row's mass is how unsure the model is of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BANDWIDTH_FIELD_NUMBER: builtins.int
+    ADAPTIVE_BANDWIDTH_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    bandwidth: builtins.float
+    """h in the kernel exp(-d²/h²), above 0; in units of the embeddings. Default: 1."""
+    adaptive_bandwidth: builtins.bool
+    """Whether h is the least distance above 0 between labelled rows, where there is one. Default: false."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: true."""
+    uncertainty: global___Uncertainty.ValueType
+    """What a row's mass is. Default: MARGIN."""
+    temperature: builtins.float
+    """What logits are divided by before the softmax, above 0. Default: 1."""
+    def __init__(
+        self,
+        *,
+        bandwidth: builtins.float | None = ...,
+        adaptive_bandwidth: builtins.bool | None = ...,
+        normalize: builtins.bool | None = ...,
+        uncertainty: global___Uncertainty.ValueType | None = ...,
+        temperature: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth", "_bandwidth", b"_bandwidth", "_normalize", b"_normalize", "_temperature", b"_temperature", "_uncertainty", b"_uncertainty", "adaptive_bandwidth", b"adaptive_bandwidth", "bandwidth", b"bandwidth", "normalize", b"normalize", "temperature", b"temperature", "uncertainty", b"uncertainty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth", "_bandwidth", b"_bandwidth", "_normalize", b"_normalize", "_temperature", b"_temperature", "_uncertainty", b"_uncertainty", "adaptive_bandwidth", b"adaptive_bandwidth", "bandwidth", b"bandwidth", "normalize", b"normalize", "temperature", b"temperature", "uncertainty", b"uncertainty"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth"]) -> typing.Literal["adaptive_bandwidth"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_bandwidth", b"_bandwidth"]) -> typing.Literal["bandwidth"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_temperature", b"_temperature"]) -> typing.Literal["temperature"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_uncertainty", b"_uncertainty"]) -> typing.Literal["uncertainty"] | None: ...
+
+global___UncertaintyHerding = UncertaintyHerding
