@@ -22,6 +22,8 @@ CENTRES, CENTRE_ENTRIES = 256, 1 << 20
 TERMS = 2048
 #: Bytes per entry that work on float64 rows touches: they are made, scaled, shifted and read, in memory of their own.
 EXACT_BYTES = 48
+#: Multiply-adds that take as long as touching an entry.
+PRODUCTS = 32
 #: How much longer a span whose rows are moved first may take than another of its length.
 MOVE_COST = 4
 #: The mean is far where its length is more than 4 times a row's distance from it, here squared. Up to there some 5 rows
@@ -62,7 +64,7 @@ class Points:
         self.norms = torch.empty(n, dtype=dtype, device=device)  # |x - m|^2
         beyond = torch.zeros_like(total)
         for span in pool.spans(n, EXACT_BYTES * dims):
-            rows = self._moved(embeddings[span])
+            rows = self.moved(embeddings[span])
             beyond += rows.sum(0)
             self.norms[span] = torch.linalg.vector_norm(rows, dim=1).square_()
             if copied:
@@ -72,9 +74,9 @@ class Points:
 
         far = pool.sum((FAR * self.norms < self.shift.square().sum()).sum())
         moved = copied or self.scale != 1 or bool(2 * far > pool.size)
-        self.move = moved and not copied
+        self.move, self._copied = moved and not copied, copied
         self.origin = torch.zeros_like(self.shift) if moved else self.shift
-        self._error = _rounding(dtype, dims)
+        self._error = rounding(dtype, dims)
         vanishing = 4 * dims * torch.finfo(dtype).tiny
         self._floor = float(2 * self._error * self.origin.square().sum()) + vanishing
 
@@ -88,9 +90,13 @@ class Points:
             rows /= lengths.clamp_min_(torch.finfo(torch.float64).tiny)
         return rows
 
-    def _moved(self, rows: Tensor) -> Tensor:
+    def moved(self, rows: Tensor) -> Tensor:
         """Rows (m, D) as given -> the same, less m, in float64."""
         return self.exact(rows).sub_(self.shift)
+
+    def nearly(self, rows: slice) -> Tensor:
+        """The same of rows here in memory of their own, (m, D) float64, but for rounding where that is quicker."""
+        return self.work[rows].to(torch.float64, copy=True) if self._copied else self.moved(self.embeddings[rows])
 
     def to_mean(self) -> Tensor:
         """The distance (n,) of every row to the mean of all, float64."""
@@ -116,8 +122,10 @@ class Points:
         message = f"{len(rows)} rows have length 0 and stay there when normalized"
         return (Notice(NoticeCode.INERT_ROWS, message, rows),)
 
-    def error_bound(self, nearest: Tensor) -> Tensor:
-        """How wrong the fast squared distances (n,) to the nearest centre, d^2, can be, each.
+    def error_bound(self, nearest: Tensor, rows: slice = slice(None)) -> Tensor:
+        """How wrong the fast squared distances (s,) to the nearest centre, or (s, c) to several, d^2, can be, each.
+
+        rows: whose they are; all.
 
         Every term of a distance is wrong by a part of its size, and their sizes add up to a small multiple of
 
@@ -125,14 +133,15 @@ class Points:
 
         since |c'| is at most |x - m| + d. What vanishes among squares comes on top.
         """
-        return torch.add(nearest, self.norms, alpha=2).mul_(2 * self._error).add_(self._floor)
+        norms = self.norms[rows] if nearest.dim() == 1 else self.norms[rows, None]
+        return torch.add(nearest, norms, alpha=2).mul_(2 * self._error).add_(self._floor)
 
     def update_nearest(self, nearest: Tensor, centres: Tensor) -> None:
         """Lowers `nearest` (n,), in place, to the fast squared distances to `centres` (m, D), rows as given."""
         dims, dtype = self.work.shape[1], self.work.dtype
         room = self.work[:0]
         for batch in _batches(centres):
-            moved = self._moved(batch)  # (c, D)
+            moved = self.moved(batch)  # (c, D)
             some = moved.to(dtype)
             their = (moved.square().sum(1) + 2 * (some.double() @ self.origin)).to(dtype)  # (c,), |c'|^2 + 2 o.c'
             touched = dims * (MOVE_COST if self.move else 1) + 4 * len(some)
@@ -144,19 +153,30 @@ class Points:
 
     def _squared(self, span: slice, some: Tensor, their: Tensor, room: Tensor) -> Tensor:
         """The fast squared distances (s,) of a span of rows to the nearest of `some` (c, D). room: for moved rows."""
+        return self._table(span, some, their, room).amin(1).clamp_min_(0)
+
+    def tables(self, centres: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Span by span the fast squared distances (s, c) of rows to all `centres` (c, D), at least 0.
+
+        centres: float64, what `moved` makes of rows, or means of such.
+        """
+        some, (count, dims) = centres.to(self.work.dtype), centres.shape
+        their = (centres.square().sum(1) + 2 * (some.double() @ self.origin)).to(self.work.dtype)  # (c,)
+        touched = dims * (MOVE_COST if self.move else 1) + count * (4 + dims // PRODUCTS)
+        room = self.work[:0]
+        for span in self.pool.spans(len(self.work), self.work.element_size() * touched):
+            if self.move and span.stop - span.start > len(room):
+                room = torch.empty_like(self.work[span])
+            yield span, self._table(span, some, their, room).clamp_min_(0)
+
+    def _table(self, span: slice, some: Tensor, their: Tensor, room: Tensor) -> Tensor:
+        """The fast squared distances (s, c) of a span of rows to `some` (c, D), |c'|^2 + 2 o.c' being `their`."""
         rows = self.work[span]
         if self.move:  # a power of two times a row is exact, so that this rounds once
             shift = self.shift.to(rows.dtype)
             scaled = rows if self.scale == 1 else torch.mul(rows, self.scale, out=room[: len(rows)])
             rows = torch.sub(scaled, shift, out=room[: len(rows)])
-        squared = self.norms[span, None] + their  # (s, c)
-        for start in range(0, some.shape[1], TERMS):
-            terms = slice(start, start + TERMS)
-            if len(some) == 1:
-                squared[:, 0].addmv_(rows[:, terms], some[0, terms], alpha=-2)
-            else:
-                squared.addmm_(rows[:, terms], some[:, terms].T, alpha=-2)
-        return squared.amin(1).clamp_min_(0)
+        return squared_distances(rows, self.norms[span], some, their)
 
     def direct(self, rows: Tensor, *centres: Tensor) -> Tensor:
         """The distance (m,) of each of `rows` (m,), numbers of rows here, to the nearest of all `centres` (c, D).
@@ -172,6 +192,18 @@ class Points:
                 ).amin(1)  # (s,)
                 nearest[part] = torch.minimum(nearest[part], distances)
         return nearest
+
+
+def squared_distances(rows: Tensor, norms: Tensor, some: Tensor, their: Tensor) -> Tensor:
+    """|w|^2 + |c|^2 - 2 w.c (s, c) of rows (s, D) and `some` (c, D): norms (s,) and `their` (c,) are the first two."""
+    squared = norms[:, None] + their
+    for start in range(0, some.shape[1], TERMS):
+        terms = slice(start, start + TERMS)
+        if len(some) == 1:
+            squared[:, 0].addmv_(rows[:, terms], some[0, terms], alpha=-2)
+        else:
+            squared.addmm_(rows[:, terms], some[:, terms].T, alpha=-2)
+    return squared
 
 
 def _batches(*centres: Tensor) -> Iterator[Tensor]:
@@ -196,7 +228,7 @@ def power_of_two(rows: Tensor, pool: Shards, dtype: torch.dtype) -> float:
     return 2.0 ** min(max(-exponent, -widest), widest)
 
 
-def _rounding(dtype: torch.dtype, dims: int) -> float:
+def rounding(dtype: torch.dtype, dims: int) -> float:
     """How wrong a fast squared distance of rows of `dims` entries can be, as a part of |w|^2 + |c'|^2.
 
     A sum of t products, in any order, is wrong by at most t eps / 2; constant rows come near. All else that is rounded

@@ -55,6 +55,7 @@ from queryselect.strategies.v1.plugin_pb2 import (
 )
 from queryselect.strategies.v1.representation_pb2 import (
     KCenterGreedy,
+    KMeans,
     MaxHerding,
     UncertaintyHerding,
     UNCERTAINTY_MARGIN,
@@ -86,6 +87,7 @@ __all__ = [
     "KERNEL_PCC",
     "KERNEL_PRODUCT",
     "KERNEL_SUM",
+    "KMeans",
     "LABEL_AGGREGATION_JOINT",
     "LABEL_AGGREGATION_MAX",
     "LABEL_AGGREGATION_MEAN",

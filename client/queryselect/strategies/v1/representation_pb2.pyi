@@ -142,3 +142,23 @@ class UncertaintyHerding(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_uncertainty", b"_uncertainty"]) -> typing.Literal["uncertainty"] | None: ...
 
 global___UncertaintyHerding = UncertaintyHerding
+
+@typing.final
+class KMeans(google.protobuf.message.Message):
+    """k-means with as many clusters as picks: the row nearest to every centre."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: false."""
+    def __init__(
+        self,
+        *,
+        normalize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_normalize", b"_normalize", "normalize", b"normalize"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_normalize", b"_normalize", "normalize", b"normalize"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+
+global___KMeans = KMeans

@@ -1,0 +1,271 @@
+"""k-means: Lloyd's iterations from a seeded k-means++ start, and the row nearest to each centre.
+
+Requirements that the design meets:
+
+- Nothing but matrix products and passes over numbers per row takes time. The start draws rows as an exponential race,
+  one number per seed, row and step, so that no layout changes a draw.
+- Sums are float64, in the end of exact rows measured from the centres, so that the mean of equal rows is that row and
+  their distance to it 0.
+- Clusters that run empty start anew at the row farthest from its centre. Fewer distinct rows than clusters make fewer
+  clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from queryselect_service.choice import Choice
+from queryselect_service.maths.distances import EXACT_BYTES, Points
+from queryselect_service.maths.noise import uniform
+from queryselect_service.shards import SPAN_BYTES
+
+#: Lloyd's iterations at the most.
+ITERATIONS = 100
+#: The relative difference up to which two sums of squares are the same, fast as they are.
+SAME = 1e-6
+#: Bytes per row that a draw touches: its number, the noise and what that is made of.
+DRAW_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """A partition of the rows. Fewer than were asked for where there are fewer distinct rows.
+
+    labels: (n,) int64, the cluster of every row here. centres: (c, D) float64, the means of what `Points.moved` makes
+    of the rows. masses: (c,) float64, the weights of their rows in all slices, added up.
+    """
+
+    labels: Tensor
+    centres: Tensor
+    masses: Tensor
+
+    def distances(self, points: Points) -> Tensor:
+        """The distance (n,) of every row to the centre of its own cluster, by differences in float64, times `scale`."""
+        found = torch.empty(len(self.labels), dtype=torch.float64, device=self.labels.device)
+        for span in points.pool.spans(len(found), EXACT_BYTES * self.centres.shape[1]):
+            rows = points.moved(points.embeddings[span])
+            found[span] = torch.linalg.vector_norm(rows.sub_(self.centres[self.labels[span]]), dim=1)
+        return found
+
+
+def k_means(points: Points, k: int, seed: int, weights: Tensor | None = None) -> Clusters:
+    """At most k clusters whose rows are near their mean: sum_i w_i |x_i - c(i)|^2 is at a local minimum.
+
+    weights: (n,), at least 0, some of all slices above; 1 each by default. Rows without weight have a cluster and move
+    none. Lloyd, Least squares quantization in PCM (1982); Arthur and Vassilvitskii, k-means++ (SODA 2007).
+    """
+    pool, device = points.pool, points.embeddings.device
+    if weights is not None:
+        weights = weights.double()
+        weights = weights / pool.best(weights)[1]  # so that no sum overflows
+    else:
+        weights = torch.ones(len(points.embeddings), dtype=torch.float64, device=device)
+    centres = points.moved(start(points, k, seed, weights))
+    labels, last = torch.full_like(weights, -1, dtype=torch.int64), math.inf
+    for _ in range(ITERATIONS):
+        new, squared = nearest_centres(points, centres)
+        inertia = float(pool.sum((weights * squared).sum()))
+        changed = int(pool.sum((new != labels).count_nonzero()))
+        if not changed or not inertia < last:  # rounding may move rows to and fro between centres as near
+            break
+        labels, last = new, inertia
+        sums = _Sums(points, weights, labels, len(centres))
+        centres = sums.means(centres)
+        empty = (sums.counts == 0).nonzero().squeeze(1)
+        if len(empty):
+            far = (squared > points.error_bound(squared)) & (weights > 0)
+            _, _, rows = pool.top(weights * squared, len(empty), far, points.embeddings)
+            centres[empty[: len(rows)]] = points.moved(rows)
+    kept = _Sums(points, weights, labels, len(centres)).counts > 0
+    if not kept.all():
+        centres = centres[kept]
+        labels, _ = nearest_centres(points, centres)
+    sums = _Sums(points, weights, labels, len(centres), centres)
+    return Clusters(labels, centres + sums.means(torch.zeros_like(centres)), sums.masses)
+
+
+def memory(rows: int, dims: int, item: int, clusters: int, *, normalize: bool) -> int:
+    """The bytes that Points and all here hold: a moved copy of the rows, numbers per row, spans, centres.
+
+    item: bytes of an entry of the rows.
+    """
+    wide = max(4, item)
+    copy = dims * wide if normalize or item < wide else 0
+    spans = min(2 * SPAN_BYTES, 8 * rows * (4 * dims + 2 * clusters))
+    return rows * (copy + 72 + 2 * wide * (2 + int(math.log(clusters)))) + 6 * 8 * clusters * dims + spans
+
+
+def nearest_centres(points: Points, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """The number (n,) of the nearest of `centres` (c, D) to every row, and the fast squared distance (n,) float64.
+
+    centres: float64, what `Points.moved` makes of rows, or means of such.
+    """
+    n, device = len(points.embeddings), centres.device
+    labels = torch.empty(n, dtype=torch.int64, device=device)
+    squared = torch.empty(n, dtype=torch.float64, device=device)
+    for span, table in points.tables(centres):
+        squared[span], labels[span] = table.min(1)
+    return labels, squared
+
+
+def start(points: Points, k: int, seed: int, weights: Tensor) -> Tensor:
+    """Rows (k, D), as given, drawn by greedy k-means++; fewer where all others repeat them.
+
+    The first by its weight; for each of the others 2 + ln k rows are drawn by their weight times their squared distance
+    to the nearest before them, and the one that leaves the least sum of these is kept, of equal ones the first drawn. A
+    draw is a race: the least of -ln u / (w D^2) come first.
+    """
+    pool, embeddings = points.pool, points.embeddings
+    _, _, first = pool.best(_races(points, seed, 0, weights), embeddings)
+    centres, trials = first[None], 2 + int(math.log(k))
+    nearest = torch.full_like(weights, math.inf, dtype=points.work.dtype)  # squared, fast; zeros are exact
+    points.update_nearest(nearest, centres)
+    while len(centres) < k:
+        rate = weights * nearest
+        rows, _, theirs = pool.top(_races(points, seed, len(centres), rate), trials, rate > 0, embeddings)
+        if not len(rows):
+            break
+        twins = rows[_direct(points.exact(theirs), points.exact(centres)) == 0]
+        if len(twins):
+            # What repeats a centre is at a distance of rounding alone. Such rows are looked at closely, all at once.
+            doubtful = ((nearest > 0) & (nearest <= points.error_bound(nearest))).nonzero().squeeze(1)
+            nearest[doubtful] = points.direct(doubtful, centres).square().to(nearest.dtype)
+            nearest[torch.isin(torch.arange(len(nearest), device=rows.device) + pool.offset, twins)] = 0
+            continue
+        left = nearest.new_empty(len(nearest), len(rows))
+        sums = weights.new_zeros(len(rows))
+        for span, table in points.tables(points.moved(theirs)):
+            left[span] = torch.minimum(table, nearest[span, None])
+            sums += weights[span] @ left[span].double()
+        sums = pool.sum(sums)
+        best = int((sums <= (1 + SAME) * sums.amin()).int().argmax())
+        centres, nearest = torch.cat([centres, theirs[best][None]]), left[:, best].contiguous()
+    return centres
+
+
+def _races(points: Points, seed: int, step: int, rate: Tensor) -> Tensor:
+    """Minus the time (n,) that every row takes, exponential with that rate (n,): the highest has won. -inf for none."""
+    offset = points.pool.offset
+    keys = torch.empty_like(rate)
+    for span in points.pool.spans(len(rate), DRAW_BYTES):
+        rows = torch.arange(offset + span.start, offset + span.stop, device=rate.device)
+        keys[span] = uniform(seed, rows, step).log_().div_(rate[span])
+    return keys
+
+
+def _direct(rows: Tensor, centres: Tensor) -> Tensor:
+    """The distance (m,) of exact rows (m, D) to the nearest of `centres` (c, D), by differences."""
+    return torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+
+
+class _Sums:
+    """The weighted sums of the rows of every cluster, anew: what is taken from a sum again leaves its rounding behind.
+
+    counts, masses: (c,), how many rows of all slices have a weight, and what they weigh.
+    """
+
+    def __init__(
+        self, points: Points, weights: Tensor, labels: Tensor, clusters: int, origins: Tensor | None = None
+    ) -> None:
+        """labels: (n,), the cluster of every row here. origins: (c, D), where to measure a cluster's rows from."""
+        dims = points.embeddings.shape[1]
+        total = weights.new_zeros(clusters, dims + 2)
+        for span in points.pool.spans(len(labels), EXACT_BYTES * dims):
+            some = weights[span, None]
+            rows = points.nearly(span) if origins is None else points.moved(points.embeddings[span])
+            if origins is not None:
+                rows -= origins[labels[span]]
+            total.index_add_(0, labels[span], torch.cat([rows.mul_(some), some, (some > 0).double()], dim=1))
+        total = points.pool.sum(total)
+        self._sums, self.masses, self.counts = total[:, :dims], total[:, dims], total[:, dims + 1]
+
+    def means(self, otherwise: Tensor) -> Tensor:
+        """The means (c, D); for clusters without rows those of `otherwise`."""
+        return torch.where(self.counts[:, None] > 0, self._sums / self.masses[:, None], otherwise)
+
+
+def representatives(
+    points: Points, clusters: Clusters, choice: Choice, count: int, among: Tensor | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """Takes the free row nearest to each centre, that of the heaviest cluster first; ties to the lowest row.
+
+    A row that represents one cluster is not free for the next. Where there are fewer clusters than picks, the free rows
+    nearest to any centre follow. among: (n,) bool, rows to choose from; all.
+
+    Returns global rows (count,), minus their distances (count,) to the centre, not squared, and how many represent a
+    cluster. Fewer than `count` where the limits end the selection, or `among` has not so many.
+    """
+    pool = points.pool
+    allowed = choice.allowed if among is None else choice.allowed & among
+    order = clusters.masses.argsort(descending=True, stable=True)[:count]
+    centres = clusters.centres[order]  # (c, D)
+    leaders = _Leaders(points, centres, allowed)
+    indices, scores = [torch.empty(0, dtype=torch.int64, device=centres.device)], [centres.new_empty(0)]
+    for number, centre in enumerate(centres):
+        pool.progress(number, count)
+        row, score = choice.best(leaders.scores(number))
+        if float(score) < -float(leaders.sure[number]):  # the nearest are taken, or not free
+            away = _distances_to(points, centre).neg_()
+            row, score = choice.best(away if among is None else torch.where(among, away, -math.inf))
+        if float(score) == -math.inf:
+            break
+        choice.take(row)
+        indices.append(row[None])
+        scores.append(score[None])
+    made = len(indices) - 1
+    if made < count:
+        rest = choice.walk(clusters.distances(points).neg_(), count - made, among)
+        indices.append(rest[0])
+        scores.append(rest[1])
+    return torch.cat(indices), torch.cat(scores) / points.scale, made
+
+
+class _Leaders:
+    """The allowed rows that may be nearest to each of the centres (c, D), as far as fast distances can tell.
+
+    sure: (c,), the distance up to which no other row can be.
+    """
+
+    def __init__(self, points: Points, centres: Tensor, allowed: Tensor) -> None:
+        least = torch.full((len(centres),), math.inf, dtype=points.work.dtype, device=centres.device)
+        for span, table in points.tables(centres):
+            most = table + points.error_bound(table, span)
+            least = torch.minimum(least, most.masked_fill_(~allowed[span, None], math.inf).amin(0))
+        for (other,) in points.pool.blocks(least[None]):
+            least = torch.minimum(least, other.amin(0))
+        rows, numbers = [], []
+        for span, table in points.tables(centres):
+            near = table - points.error_bound(table, span) <= least
+            row, number = near.logical_and_(allowed[span, None]).nonzero(as_tuple=True)
+            rows.append(row + span.start)
+            numbers.append(number)
+        row, number = (
+            torch.cat([allowed.new_empty(0).long(), *rows]),
+            torch.cat([allowed.new_empty(0).long(), *numbers]),
+        )
+        order = number.argsort(stable=True)
+        self._rows, number = row[order], number[order]
+        self._edges = torch.searchsorted(number, torch.arange(len(centres) + 1, device=number.device)).tolist()
+        self._distances = torch.empty(len(number), dtype=torch.float64, device=centres.device)
+        for span in points.pool.spans(len(number), EXACT_BYTES * centres.shape[1]):
+            apart = points.moved(points.embeddings[self._rows[span]]).sub_(centres[number[span]])
+            self._distances[span] = torch.linalg.vector_norm(apart, dim=1)
+        self._none = torch.full((len(allowed),), -math.inf, dtype=torch.float64, device=centres.device)
+        self.sure = least.double().sqrt()
+
+    def scores(self, number: int) -> Tensor:
+        """Minus the distance (n,) of the leaders to a centre; -inf for other rows."""
+        some = slice(*self._edges[number : number + 2])
+        return self._none.index_copy(0, self._rows[some], -self._distances[some])
+
+
+def _distances_to(points: Points, centre: Tensor) -> Tensor:
+    """The distance (n,) of every row to one centre (D,), by differences in float64, times `scale`."""
+    found = torch.empty(len(points.embeddings), dtype=torch.float64, device=centre.device)
+    for span in points.pool.spans(len(found), EXACT_BYTES * len(centre)):
+        found[span] = torch.linalg.vector_norm(points.moved(points.embeddings[span]).sub_(centre), dim=1)
+    return found
