@@ -71,6 +71,8 @@ CASES = [
     Case("k_means", 1_000_000, 16, k=50, params=(("normalize", True),)),
     Case("k_means", 100_000, 384, k=100, dtype="float64", offset=1e4),
     Case("expected_gradient_length", 300_000, 384, 10),
+    Case("badge", 200_000, 384, 10, k=100),
+    Case("badge", 100_000, 64, 100, k=300, dtype="float64"),
     Case("bait_diagonal", 100_000, 384, 10, k=5),
     Case("bait_diagonal", 100_000, 64, 20, k=5, task="MULTILABEL"),
     Case("bait_binary", 200_000, 128, 10, k=100),

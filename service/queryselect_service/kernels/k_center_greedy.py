@@ -69,20 +69,11 @@ def k_center_greedy(
     """
     points = Points(embeddings, pool, normalize=spec.normalize)
     farthest = FarthestFirst(points, choice)
-    labeled = [block for (block,) in pool.blocks(embeddings[context])]  # of all slices
-    for block in labeled:
-        farthest.add(block)
-    indices, scores, cold = context[:0], points.mean[:0], not labeled
-    if cold:
-        best, score, row = choice.best(points.to_mean().neg_(), embeddings)
-        if not choice.ends(score):
-            choice.take(best)
-            farthest.add(row[None])
-            indices, scores = best[None], -score[None] / points.scale
-    if labeled or len(indices):
-        rows, distances = farthest.pick(choice.k - len(indices))
-        indices, scores = torch.cat([indices, rows]), torch.cat([scores, distances])
-    covered = indices[cold:][scores[cold:] == 0]
+    farthest.add_rows(context)
+    labeled = farthest.centres
+    indices, scores = farthest.pick(choice.k)
+    first = 0 if labeled else 1  # the first pick repeats nothing
+    covered = indices[first:][scores[first:] == 0]
 
     def pool_scores() -> Tensor:
         if not labeled:

@@ -83,12 +83,7 @@ class Points:
     def exact(self, rows: Tensor) -> Tensor:
         """Rows (m, D) as given -> the float64 rows (m, D) whose distances count, in memory of their own."""
         rows = rows.to(torch.float64, copy=True)
-        if not self.normalize:
-            return rows.mul_(self.scale)
-        for order in (math.inf, 2):  # the largest entry becomes 1 first, so that squares neither overflow nor vanish
-            lengths = torch.linalg.vector_norm(rows, order, dim=-1, keepdim=True)
-            rows /= lengths.clamp_min_(torch.finfo(torch.float64).tiny)
-        return rows
+        return unit_(rows) if self.normalize else rows.mul_(self.scale)
 
     def moved(self, rows: Tensor) -> Tensor:
         """Rows (m, D) as given -> the same, less m, in float64."""
@@ -204,6 +199,14 @@ def squared_distances(rows: Tensor, norms: Tensor, some: Tensor, their: Tensor) 
         else:
             squared.addmm_(rows[:, terms], some[:, terms].T, alpha=-2)
     return squared
+
+
+def unit_(rows: Tensor) -> Tensor:
+    """The rows (m, D), float64, scaled in place to unit Euclidean length; those without length stay as they are."""
+    for order in (math.inf, 2):  # the largest entry becomes 1 first, so that squares neither overflow nor vanish
+        lengths = torch.linalg.vector_norm(rows, order, dim=-1, keepdim=True)
+        rows /= lengths.clamp_min_(torch.finfo(torch.float64).tiny)
+    return rows
 
 
 def _batches(*centres: Tensor) -> Iterator[Tensor]:

@@ -43,17 +43,34 @@ class FarthestFirst:
             self._centres.append(centres)
             self._points.update_nearest(self._nearest, centres)
 
-    def pick(self, count: int) -> tuple[Tensor, Tensor]:
-        """Takes `count` rows. There must be a centre.
+    def add_rows(self, rows: Tensor) -> None:
+        """The same for the rows (r,) of this slice, and those that the other slices give."""
+        for (block,) in self._points.pool.blocks(self._points.embeddings[rows]):
+            self.add(block)
 
-        Returns global rows (count,) and their distances (count,) to the nearest centre when picked, float64; fewer
-        where the limits end the selection. Once every row that is left repeats a centre, they come in their own order.
+    def add_picks(self, rows: Tensor) -> None:
+        """The same for global rows (m,)."""
+        here = rows - self._points.pool.offset
+        self.add_rows(here[(here >= 0) & (here < len(self._nearest))])
+
+    def pick(self, count: int) -> tuple[Tensor, Tensor]:
+        """Takes `count` rows; where there is no centre, the one nearest to the mean of all rows first.
+
+        Returns global rows (count,) and their distances (count,) to the nearest centre when picked, or to the mean,
+        float64; fewer where the limits end the selection. Once every row that is left repeats a centre, they come in
+        their own order.
         """
         choice, embeddings = self._choice, self._points.embeddings
         rows = torch.empty(count, dtype=torch.int64, device=embeddings.device)
         scores = torch.empty(count, dtype=torch.float64, device=embeddings.device)
         picks = embeddings.new_empty(count, embeddings.shape[1])
         made, told = 0, 0  # told: picks that all rows have met
+        if not self._centres:
+            row, score, pick = choice.best(self._points.to_mean().neg_(), embeddings)
+            if choice.ends(score):
+                return rows[:0], scores[:0]
+            rows[0], scores[0], picks[0], made = row, -score, pick, 1
+            choice.take(row)
         frontier: _Frontier | None = None
         while made < count:
             self._points.pool.progress(made, count)
@@ -108,6 +125,11 @@ class FarthestFirst:
     def points(self) -> Points:
         """The rows that it goes through."""
         return self._points
+
+    @property
+    def centres(self) -> tuple[Tensor, ...]:
+        """All centres that were added, (m, D) each."""
+        return tuple(self._centres)
 
 
 class _Frontier:

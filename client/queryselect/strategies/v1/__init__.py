@@ -26,6 +26,7 @@ from queryselect.strategies.v1.common_pb2 import (
     LABEL_AGGREGATION_JOINT,
 )
 from queryselect.strategies.v1.fisher_pb2 import (
+    Badge,
     Bait,
     BaitBinary,
     BaitDiagonal,
@@ -69,6 +70,7 @@ from queryselect.strategies.v1.uncertainty_pb2 import (
 )
 
 __all__ = [
+    "Badge",
     "Bait",
     "BaitBinary",
     "BaitDiagonal",

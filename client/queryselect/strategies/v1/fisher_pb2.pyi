@@ -357,6 +357,26 @@ class BaitDiagonal(google.protobuf.message.Message):
 global___BaitDiagonal = BaitDiagonal
 
 @typing.final
+class Badge(google.protobuf.message.Message):
+    """BADGE: a draw of rows whose gradients, for the likeliest label, are long and far apart."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    normalize: builtins.bool
+    """Whether every embedding is scaled to unit Euclidean length first. Default: false."""
+    def __init__(
+        self,
+        *,
+        normalize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_normalize", b"_normalize", "normalize", b"normalize"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_normalize", b"_normalize", "normalize", b"normalize"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+
+global___Badge = Badge
+
+@typing.final
 class ExpectedGradientLength(google.protobuf.message.Message):
     """Expected length of the last layer's gradient over a row's labels."""
 
