@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from queryselect import Client, InvalidInput, MaxHerding
-from queryselect_service import strategy as strategies
-from queryselect_service.shards import Whole
-from queryselect_service.spec import build
+from tests.kernels.leaving import checks
 from tests.strategy_case import CUTS, ROWS, StrategyCase, assert_promised
 
 DATA = Path(__file__).parent.parent / "data"
@@ -183,31 +181,5 @@ def test_a_bandwidth_is_above_zero(local: Client, value):
 
 
 def test_a_caller_who_leaves_is_heard_at_every_step():
-    """Whichever check it is that raises, the kernel ends there."""
-
-    class Left(Exception):
-        pass
-
-    x, strategy = torch.randn(400, 8, generator=torch.manual_seed(0)), strategies.STRATEGIES["max_herding"]
-    calls = 0
-
-    def check(limit=0):
-        nonlocal calls
-        calls += 1
-        if calls == limit:
-            raise Left
-
-    def run(limit):
-        nonlocal calls
-        calls = 0
-        options = {"k": 20, "candidates": torch.arange(400) > 4, "context": torch.arange(5)}
-        spec = build(strategy.spec, {"adaptive_bandwidth": True})
-        strategies.select(strategy, {"embeddings": x}, pool=Whole(400, lambda: check(limit)), spec=spec, **options)
-
-    run(0)
-    total = calls
-    assert total > 60
-    for limit in range(1, total, 7):
-        with pytest.raises(Left):
-            run(limit)
-        assert calls == limit
+    x = torch.randn(400, 8, generator=torch.manual_seed(0))
+    assert checks("max_herding", {"embeddings": x}, {"adaptive_bandwidth": True}, k=20) > 60

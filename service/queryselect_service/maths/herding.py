@@ -78,7 +78,7 @@ class Coverage:
         eps, tiny = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
         self.rows = torch.empty(n, dims, dtype=torch.float64, device=device)
         for span in self.pool.spans(n, 5 * 8 * dims):
-            self.rows[span] = points.exact(embeddings[span]).sub_(points.shift)
+            self.rows[span] = points.moved(embeddings[span])
         self._norms = torch.empty_like(self.rows[:, 0])
         for span in self.pool.spans(n, 2 * 8 * dims):
             self._norms[span] = self.rows[span].square().sum(1)

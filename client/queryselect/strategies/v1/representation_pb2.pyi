@@ -66,6 +66,45 @@ class KCenterGreedy(google.protobuf.message.Message):
 global___KCenterGreedy = KCenterGreedy
 
 @typing.final
+class ProbCover(google.protobuf.message.Message):
+    """ProbCover: the row whose ball holds most rows that no ball of a labelled or chosen row holds."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DELTA_FIELD_NUMBER: builtins.int
+    PURITY_FIELD_NUMBER: builtins.int
+    NUM_CLASSES_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    delta: builtins.float
+    """The radius of a ball, above 0. Default: the largest at which so many balls are pure as purity says."""
+    purity: builtins.float
+    """The part of balls that hold rows of one cluster alone, where delta is unset. 0 to 1. Default: 0.95."""
+    num_classes: builtins.int
+    """Clusters that stand for classes where delta is unset, 2 or more. Default: the distinct labels, or else C."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: true."""
+    def __init__(
+        self,
+        *,
+        delta: builtins.float | None = ...,
+        purity: builtins.float | None = ...,
+        num_classes: builtins.int | None = ...,
+        normalize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_delta", b"_delta", "_normalize", b"_normalize", "_num_classes", b"_num_classes", "_purity", b"_purity", "delta", b"delta", "normalize", b"normalize", "num_classes", b"num_classes", "purity", b"purity"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_delta", b"_delta", "_normalize", b"_normalize", "_num_classes", b"_num_classes", "_purity", b"_purity", "delta", b"delta", "normalize", b"normalize", "num_classes", b"num_classes", "purity", b"purity"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_delta", b"_delta"]) -> typing.Literal["delta"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_num_classes", b"_num_classes"]) -> typing.Literal["num_classes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_purity", b"_purity"]) -> typing.Literal["purity"] | None: ...
+
+global___ProbCover = ProbCover
+
+@typing.final
 class MaxHerding(google.protobuf.message.Message):
     """MaxHerding: the row that brings the pool nearest to what is labelled or chosen, nearness by a Gaussian kernel."""
 
