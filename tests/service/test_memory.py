@@ -70,6 +70,8 @@ CASES = [
     Case("max_herding", 1_000, 40_000, k=5),
     Case("max_herding", 1_000, 40_000, k=5, labeled=500, params=(("normalize", False),)),
     Case("uncertainty_herding", 1_000, 40_000, 10, k=5, labeled=5),
+    Case("typiclust", 100_000, 256, k=100),
+    Case("typiclust", 100_000, 64, k=200, dtype="float64", params=(("normalize", False),)),
     Case("k_means", 200_000, 256, k=20),
     Case("k_means", 1_000_000, 16, k=50, params=(("normalize", True),)),
     Case("k_means", 100_000, 384, k=100, dtype="float64", offset=1e4),

@@ -161,6 +161,7 @@ class Strategy(google.protobuf.message.Message):
     EPIG_FIELD_NUMBER: builtins.int
     BADGE_FIELD_NUMBER: builtins.int
     K_MEANS_FIELD_NUMBER: builtins.int
+    TYPICLUST_FIELD_NUMBER: builtins.int
     MAX_HERDING_FIELD_NUMBER: builtins.int
     UNCERTAINTY_HERDING_FIELD_NUMBER: builtins.int
     PROB_COVER_FIELD_NUMBER: builtins.int
@@ -254,6 +255,10 @@ class Strategy(google.protobuf.message.Message):
         """The rows nearest to the centres of clusters."""
 
     @property
+    def typiclust(self) -> queryselect.strategies.v1.representation_pb2.Typiclust:
+        """TypiClust, the most typical rows of clusters."""
+
+    @property
     def max_herding(self) -> queryselect.strategies.v1.representation_pb2.MaxHerding:
         """MaxHerding, greedy coverage by a Gaussian kernel."""
 
@@ -294,14 +299,15 @@ class Strategy(google.protobuf.message.Message):
         epig: queryselect.strategies.v1.bayesian_pb2.Epig | None = ...,
         badge: queryselect.strategies.v1.fisher_pb2.Badge | None = ...,
         k_means: queryselect.strategies.v1.representation_pb2.KMeans | None = ...,
+        typiclust: queryselect.strategies.v1.representation_pb2.Typiclust | None = ...,
         max_herding: queryselect.strategies.v1.representation_pb2.MaxHerding | None = ...,
         uncertainty_herding: queryselect.strategies.v1.representation_pb2.UncertaintyHerding | None = ...,
         prob_cover: queryselect.strategies.v1.representation_pb2.ProbCover | None = ...,
         custom: queryselect.strategies.v1.plugin_pb2.Custom | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "max_herding", b"max_herding", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "prob_cover", b"prob_cover", "random", b"random", "uncertainty_herding", b"uncertainty_herding", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "max_herding", b"max_herding", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "prob_cover", b"prob_cover", "random", b"random", "uncertainty_herding", b"uncertainty_herding", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "bait", "bait_binary", "bait_diagonal", "expected_gradient_length", "fisher_kernel", "variation_ratio", "mean_std", "predictive_entropy", "bald", "power_bald", "batch_bald", "vote_entropy", "consensus_kl", "max_disagreement", "epig", "badge", "k_means", "max_herding", "uncertainty_herding", "prob_cover", "custom"] | None: ...
+    def HasField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "max_herding", b"max_herding", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "prob_cover", b"prob_cover", "random", b"random", "typiclust", b"typiclust", "uncertainty_herding", b"uncertainty_herding", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "max_herding", b"max_herding", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "prob_cover", b"prob_cover", "random", b"random", "typiclust", b"typiclust", "uncertainty_herding", b"uncertainty_herding", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "bait", "bait_binary", "bait_diagonal", "expected_gradient_length", "fisher_kernel", "variation_ratio", "mean_std", "predictive_entropy", "bald", "power_bald", "batch_bald", "vote_entropy", "consensus_kl", "max_disagreement", "epig", "badge", "k_means", "typiclust", "max_herding", "uncertainty_herding", "prob_cover", "custom"] | None: ...
 
 global___Strategy = Strategy
 

@@ -47,7 +47,7 @@ def k_means(
 ) -> Selection:
     """Prefers rows nearest to the centres of as many clusters as there are picks.
 
-        min over c_1 … c_k of sum_i w_i min_j |x_i - c_j|^2;  pick argmin |x - c_j| for every j, the heaviest first
+        c_1 … c_k = argmin sum_i w_i min_j |x_i - c_j|^2;  pick argmin |x - c_j| for every j, the heaviest first
 
     embeddings: (n, D), all of which are clustered: rows that are labelled or pending have their share of the mass, and
     so have rows that are no candidates; none of them is chosen. weights: (n,), the mass of each row, by default 1.

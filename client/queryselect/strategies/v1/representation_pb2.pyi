@@ -45,6 +45,30 @@ UNCERTAINTY_CONFIDENCE: Uncertainty.ValueType  # 3
 """1 - p1."""
 global___Uncertainty = Uncertainty
 
+class _Distance:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DistanceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Distance.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DISTANCE_UNSPECIFIED: _Distance.ValueType  # 0
+    """The strategy's own default."""
+    DISTANCE_SQUARED_L2: _Distance.ValueType  # 1
+    """Squared Euclidean distances, as in the authors' code."""
+    DISTANCE_L2: _Distance.ValueType  # 2
+    """Euclidean distances, as in the paper."""
+
+class Distance(_Distance, metaclass=_DistanceEnumTypeWrapper):
+    """What the distances to a row's neighbours are that are averaged."""
+
+DISTANCE_UNSPECIFIED: Distance.ValueType  # 0
+"""The strategy's own default."""
+DISTANCE_SQUARED_L2: Distance.ValueType  # 1
+"""Squared Euclidean distances, as in the authors' code."""
+DISTANCE_L2: Distance.ValueType  # 2
+"""Euclidean distances, as in the paper."""
+global___Distance = Distance
+
 @typing.final
 class KCenterGreedy(google.protobuf.message.Message):
     """Farthest-first traversal (core-set): the row farthest from everything labelled or chosen so far."""
@@ -201,3 +225,48 @@ class KMeans(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
 
 global___KMeans = KMeans
+
+@typing.final
+class Typiclust(google.protobuf.message.Message):
+    """TypiClust: the most typical row of each cluster, first of those without labelled rows."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_CLUSTERS_FIELD_NUMBER: builtins.int
+    MIN_CLUSTER_SIZE_FIELD_NUMBER: builtins.int
+    NEIGHBORS_FIELD_NUMBER: builtins.int
+    DISTANCE_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    max_clusters: builtins.int
+    """The most clusters that k-means makes. Default: 500."""
+    min_cluster_size: builtins.int
+    """Clusters of at most so many rows are left out. Default: 5."""
+    neighbors: builtins.int
+    """The neighbours whose distance counts, at most half of a cluster. Default: 20."""
+    distance: global___Distance.ValueType
+    """Whether neighbours' distances are squared. Default: SQUARED_L2."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: true."""
+    def __init__(
+        self,
+        *,
+        max_clusters: builtins.int | None = ...,
+        min_cluster_size: builtins.int | None = ...,
+        neighbors: builtins.int | None = ...,
+        distance: global___Distance.ValueType | None = ...,
+        normalize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_distance", b"_distance", "_max_clusters", b"_max_clusters", "_min_cluster_size", b"_min_cluster_size", "_neighbors", b"_neighbors", "_normalize", b"_normalize", "distance", b"distance", "max_clusters", b"max_clusters", "min_cluster_size", b"min_cluster_size", "neighbors", b"neighbors", "normalize", b"normalize"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_distance", b"_distance", "_max_clusters", b"_max_clusters", "_min_cluster_size", b"_min_cluster_size", "_neighbors", b"_neighbors", "_normalize", b"_normalize", "distance", b"distance", "max_clusters", b"max_clusters", "min_cluster_size", b"min_cluster_size", "neighbors", b"neighbors", "normalize", b"normalize"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_distance", b"_distance"]) -> typing.Literal["distance"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_clusters", b"_max_clusters"]) -> typing.Literal["max_clusters"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_cluster_size", b"_min_cluster_size"]) -> typing.Literal["min_cluster_size"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_neighbors", b"_neighbors"]) -> typing.Literal["neighbors"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+
+global___Typiclust = Typiclust
