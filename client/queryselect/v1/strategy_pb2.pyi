@@ -165,6 +165,7 @@ class Strategy(google.protobuf.message.Message):
     MAX_HERDING_FIELD_NUMBER: builtins.int
     UNCERTAINTY_HERDING_FIELD_NUMBER: builtins.int
     PROB_COVER_FIELD_NUMBER: builtins.int
+    DISCRIMINATIVE_FIELD_NUMBER: builtins.int
     CUSTOM_FIELD_NUMBER: builtins.int
     @property
     def random(self) -> queryselect.strategies.v1.baseline_pb2.Random:
@@ -271,6 +272,10 @@ class Strategy(google.protobuf.message.Message):
         """ProbCover, greedy coverage by balls."""
 
     @property
+    def discriminative(self) -> queryselect.strategies.v1.representation_pb2.Discriminative:
+        """Rows that can be told from labelled ones."""
+
+    @property
     def custom(self) -> queryselect.strategies.v1.plugin_pb2.Custom:
         """A strategy that the operator installed."""
 
@@ -303,11 +308,12 @@ class Strategy(google.protobuf.message.Message):
         max_herding: queryselect.strategies.v1.representation_pb2.MaxHerding | None = ...,
         uncertainty_herding: queryselect.strategies.v1.representation_pb2.UncertaintyHerding | None = ...,
         prob_cover: queryselect.strategies.v1.representation_pb2.ProbCover | None = ...,
+        discriminative: queryselect.strategies.v1.representation_pb2.Discriminative | None = ...,
         custom: queryselect.strategies.v1.plugin_pb2.Custom | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "max_herding", b"max_herding", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "prob_cover", b"prob_cover", "random", b"random", "typiclust", b"typiclust", "uncertainty_herding", b"uncertainty_herding", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "max_herding", b"max_herding", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "prob_cover", b"prob_cover", "random", b"random", "typiclust", b"typiclust", "uncertainty_herding", b"uncertainty_herding", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "bait", "bait_binary", "bait_diagonal", "expected_gradient_length", "fisher_kernel", "variation_ratio", "mean_std", "predictive_entropy", "bald", "power_bald", "batch_bald", "vote_entropy", "consensus_kl", "max_disagreement", "epig", "badge", "k_means", "typiclust", "max_herding", "uncertainty_herding", "prob_cover", "custom"] | None: ...
+    def HasField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "discriminative", b"discriminative", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "max_herding", b"max_herding", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "prob_cover", b"prob_cover", "random", b"random", "typiclust", b"typiclust", "uncertainty_herding", b"uncertainty_herding", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "discriminative", b"discriminative", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "max_herding", b"max_herding", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "prob_cover", b"prob_cover", "random", b"random", "typiclust", b"typiclust", "uncertainty_herding", b"uncertainty_herding", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "bait", "bait_binary", "bait_diagonal", "expected_gradient_length", "fisher_kernel", "variation_ratio", "mean_std", "predictive_entropy", "bald", "power_bald", "batch_bald", "vote_entropy", "consensus_kl", "max_disagreement", "epig", "badge", "k_means", "typiclust", "max_herding", "uncertainty_herding", "prob_cover", "discriminative", "custom"] | None: ...
 
 global___Strategy = Strategy
 

@@ -28,6 +28,8 @@ from queryselect_service.strategy import Sizes
 FEW, MANY = 16, 256
 #: Multiply-adds over all rows after which slices meet, so that a caller who leaves is heard.
 MEETING = 1 << 33
+#: Multiply-adds of a matrix product that take as long as touching a byte, and bytes that one by differences takes.
+FAST_PRODUCTS, SLOW_BYTES = 4, 4
 #: How wrong exponents of the kernel may be where distances are computed by their expansion; else by differences.
 BLUR = 1e-10
 #: Gains that differ by less than this part of the best are ties.
@@ -130,7 +132,13 @@ class Coverage:
 
     def _spans(self, centres: int) -> Iterator[slice]:
         dims = self.rows.shape[1]
-        return self.pool.spans(len(self.rows), 8 * (dims + 4 * centres) if self._fast else (8 + dims) * centres)
+        products = dims * centres // FAST_PRODUCTS + 8 * (dims + 4 * centres)
+        return self.pool.spans(len(self.rows), products if self._fast else _by_differences(dims, centres))
+
+
+def _by_differences(dims: int, centres: int) -> int:
+    """Bytes that a row's distances to centres take as long as."""
+    return SLOW_BYTES * (8 + dims) * centres
 
 
 def least_distance(rows: Tensor, pool: Shards) -> float | None:
@@ -138,7 +146,7 @@ def least_distance(rows: Tensor, pool: Shards) -> float | None:
     least = rows.new_full((), torch.inf)
     for start in range(0, len(rows), MANY):
         some = rows[start : start + MANY]
-        for span in pool.spans(start + len(some), (8 + rows.shape[1]) * len(some)):
+        for span in pool.spans(start + len(some), _by_differences(rows.shape[1], len(some))):
             found = torch.cdist(rows[span], some, compute_mode="donot_use_mm_for_euclid_dist")
             least = torch.minimum(least, torch.where(found > 0, found, torch.inf).amin())
     return float(least) if least < torch.inf else None

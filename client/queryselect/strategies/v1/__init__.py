@@ -55,6 +55,7 @@ from queryselect.strategies.v1.plugin_pb2 import (
     Custom,
 )
 from queryselect.strategies.v1.representation_pb2 import (
+    Discriminative,
     KCenterGreedy,
     KMeans,
     MaxHerding,
@@ -84,6 +85,7 @@ __all__ = [
     "Custom",
     "DISTANCE_L2",
     "DISTANCE_SQUARED_L2",
+    "Discriminative",
     "Entropy",
     "Epig",
     "ExpectedGradientLength",

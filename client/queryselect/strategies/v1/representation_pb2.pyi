@@ -207,6 +207,33 @@ class UncertaintyHerding(google.protobuf.message.Message):
 global___UncertaintyHerding = UncertaintyHerding
 
 @typing.final
+class Discriminative(google.protobuf.message.Message):
+    """Discriminative active learning: rows that a logistic regression tells from labelled ones."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SUB_BATCHES_FIELD_NUMBER: builtins.int
+    L2_FIELD_NUMBER: builtins.int
+    sub_batches: builtins.int
+    """How often the discriminator is fitted, 1 or more; at most once per pick. Default: 10."""
+    l2: builtins.float
+    """The penalty on half the squared weights, above 0; the losses of rows are added. Default: 1."""
+    def __init__(
+        self,
+        *,
+        sub_batches: builtins.int | None = ...,
+        l2: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_l2", b"_l2", "_sub_batches", b"_sub_batches", "l2", b"l2", "sub_batches", b"sub_batches"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_l2", b"_l2", "_sub_batches", b"_sub_batches", "l2", b"l2", "sub_batches", b"sub_batches"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_l2", b"_l2"]) -> typing.Literal["l2"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_sub_batches", b"_sub_batches"]) -> typing.Literal["sub_batches"] | None: ...
+
+global___Discriminative = Discriminative
+
+@typing.final
 class KMeans(google.protobuf.message.Message):
     """k-means with as many clusters as picks: the row nearest to every centre."""
 
