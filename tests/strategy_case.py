@@ -486,7 +486,7 @@ class StrategyCase:
             inputs = {
                 name: np.eye(x.shape[1])[x.argmax(1)] if name == "probabilities" else np.clip(x * factor, -1e308, 1e308)
                 for name, x in self.inputs().items()
-                if x.dtype.kind == "f"
+                if x.dtype.kind == "f" and name != "weights"  # which may not all be 0
             }
             inputs = {**self.inputs(), **inputs}  # numbers of clusters stay as they are
             got = self.select(local, inputs, return_pool_scores=self.strategy.pool_scores, labeled=[0])

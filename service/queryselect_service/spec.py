@@ -153,6 +153,23 @@ class FisherDesign(Spec):
             raise InvalidInput(f"ridge must be above 0 and finite; it is {self.ridge}", field="ridge")
 
 
+@dataclass(frozen=True)
+class Herding(Spec):
+    """The parameters of every strategy that covers the pool by a Gaussian kernel."""
+
+    bandwidth: float = parameter(1.0, "h in the kernel exp(-d²/h²), above 0; in units of the embeddings", low=0)
+    adaptive_bandwidth: bool = parameter(
+        False, "Whether h is the least distance above 0 between labelled rows, where there is one"
+    )
+    normalize: bool = parameter(True, "Whether every row is scaled to unit Euclidean length first")
+
+    def __post_init__(self) -> None:
+        """Raises InvalidInput for a bandwidth of 0 too: a row would see nothing, not even itself."""
+        super().__post_init__()
+        if not 0 < self.bandwidth < math.inf:
+            raise InvalidInput(f"bandwidth must be above 0 and finite; it is {self.bandwidth}", field="bandwidth")
+
+
 def build(spec: type[S], values: Mapping[str, Any]) -> S:
     """A `spec` with `values` over its defaults, converted to the types its fields declare.
 

@@ -160,9 +160,13 @@ class Strategy(google.protobuf.message.Message):
     MAX_DISAGREEMENT_FIELD_NUMBER: builtins.int
     EPIG_FIELD_NUMBER: builtins.int
     BADGE_FIELD_NUMBER: builtins.int
-    K_MEANS_FIELD_NUMBER: builtins.int
     TYPICLUST_FIELD_NUMBER: builtins.int
+    K_MEANS_FIELD_NUMBER: builtins.int
+    PROB_COVER_FIELD_NUMBER: builtins.int
+    MAX_HERDING_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_HERDING_FIELD_NUMBER: builtins.int
     DROP_QUERY_FIELD_NUMBER: builtins.int
+    DISCRIMINATIVE_FIELD_NUMBER: builtins.int
     TYPICLUST_TO_MARGIN_FIELD_NUMBER: builtins.int
     CUSTOM_FIELD_NUMBER: builtins.int
     @property
@@ -250,16 +254,32 @@ class Strategy(google.protobuf.message.Message):
         """BADGE, a draw of rows by their gradients' lengths and distances."""
 
     @property
-    def k_means(self) -> queryselect.strategies.v1.representation_pb2.KMeans:
-        """The rows nearest to the centres of clusters."""
-
-    @property
     def typiclust(self) -> queryselect.strategies.v1.representation_pb2.Typiclust:
         """TypiClust, the most typical rows of clusters."""
 
     @property
+    def k_means(self) -> queryselect.strategies.v1.representation_pb2.KMeans:
+        """The rows nearest to the centres of clusters."""
+
+    @property
+    def prob_cover(self) -> queryselect.strategies.v1.representation_pb2.ProbCover:
+        """ProbCover, greedy coverage by balls."""
+
+    @property
+    def max_herding(self) -> queryselect.strategies.v1.representation_pb2.MaxHerding:
+        """MaxHerding, greedy coverage by a Gaussian kernel."""
+
+    @property
+    def uncertainty_herding(self) -> queryselect.strategies.v1.representation_pb2.UncertaintyHerding:
+        """The same coverage, of rows of which the model is unsure."""
+
+    @property
     def drop_query(self) -> queryselect.strategies.v1.representation_pb2.DropQuery:
         """DropQuery, rows whose class changes under dropout."""
+
+    @property
+    def discriminative(self) -> queryselect.strategies.v1.representation_pb2.Discriminative:
+        """Rows that a logistic regression tells from labelled ones."""
 
     @property
     def typiclust_to_margin(self) -> queryselect.strategies.v1.representation_pb2.TypiclustToMargin:
@@ -293,15 +313,19 @@ class Strategy(google.protobuf.message.Message):
         max_disagreement: queryselect.strategies.v1.bayesian_pb2.MaxDisagreement | None = ...,
         epig: queryselect.strategies.v1.bayesian_pb2.Epig | None = ...,
         badge: queryselect.strategies.v1.fisher_pb2.Badge | None = ...,
-        k_means: queryselect.strategies.v1.representation_pb2.KMeans | None = ...,
         typiclust: queryselect.strategies.v1.representation_pb2.Typiclust | None = ...,
+        k_means: queryselect.strategies.v1.representation_pb2.KMeans | None = ...,
+        prob_cover: queryselect.strategies.v1.representation_pb2.ProbCover | None = ...,
+        max_herding: queryselect.strategies.v1.representation_pb2.MaxHerding | None = ...,
+        uncertainty_herding: queryselect.strategies.v1.representation_pb2.UncertaintyHerding | None = ...,
         drop_query: queryselect.strategies.v1.representation_pb2.DropQuery | None = ...,
+        discriminative: queryselect.strategies.v1.representation_pb2.Discriminative | None = ...,
         typiclust_to_margin: queryselect.strategies.v1.representation_pb2.TypiclustToMargin | None = ...,
         custom: queryselect.strategies.v1.plugin_pb2.Custom | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "drop_query", b"drop_query", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "random", b"random", "typiclust", b"typiclust", "typiclust_to_margin", b"typiclust_to_margin", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "drop_query", b"drop_query", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "random", b"random", "typiclust", b"typiclust", "typiclust_to_margin", b"typiclust_to_margin", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "bait", "bait_binary", "bait_diagonal", "expected_gradient_length", "fisher_kernel", "variation_ratio", "mean_std", "predictive_entropy", "bald", "power_bald", "batch_bald", "vote_entropy", "consensus_kl", "max_disagreement", "epig", "badge", "k_means", "typiclust", "drop_query", "typiclust_to_margin", "custom"] | None: ...
+    def HasField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "discriminative", b"discriminative", "drop_query", b"drop_query", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "max_herding", b"max_herding", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "prob_cover", b"prob_cover", "random", b"random", "typiclust", b"typiclust", "typiclust_to_margin", b"typiclust_to_margin", "uncertainty_herding", b"uncertainty_herding", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["badge", b"badge", "bait", b"bait", "bait_binary", b"bait_binary", "bait_diagonal", b"bait_diagonal", "bald", b"bald", "batch_bald", b"batch_bald", "consensus_kl", b"consensus_kl", "custom", b"custom", "discriminative", b"discriminative", "drop_query", b"drop_query", "entropy", b"entropy", "epig", b"epig", "expected_gradient_length", b"expected_gradient_length", "fisher_kernel", b"fisher_kernel", "k_center_greedy", b"k_center_greedy", "k_means", b"k_means", "kind", b"kind", "least_confidence", b"least_confidence", "margin", b"margin", "max_disagreement", b"max_disagreement", "max_herding", b"max_herding", "mean_std", b"mean_std", "power_bald", b"power_bald", "predictive_entropy", b"predictive_entropy", "prob_cover", b"prob_cover", "random", b"random", "typiclust", b"typiclust", "typiclust_to_margin", b"typiclust_to_margin", "uncertainty_herding", b"uncertainty_herding", "variation_ratio", b"variation_ratio", "vote_entropy", b"vote_entropy"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["random", "least_confidence", "margin", "entropy", "k_center_greedy", "bait", "bait_binary", "bait_diagonal", "expected_gradient_length", "fisher_kernel", "variation_ratio", "mean_std", "predictive_entropy", "bald", "power_bald", "batch_bald", "vote_entropy", "consensus_kl", "max_disagreement", "epig", "badge", "typiclust", "k_means", "prob_cover", "max_herding", "uncertainty_herding", "drop_query", "discriminative", "typiclust_to_margin", "custom"] | None: ...
 
 global___Strategy = Strategy
 

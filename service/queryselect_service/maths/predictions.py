@@ -58,6 +58,11 @@ class Predictions:
         """Those of other values (m, C), sent as these were."""
         return Predictions(values, logits=self._logits, multilabel=self.multilabel)
 
+    def tempered(self, rows: slice | Tensor, temperature: float) -> Tensor:
+        """The distributions softmax(z / temperature) (r, C) of logits z, or of logarithms where probabilities came."""
+        values = self.values[rows].double()
+        return torch.softmax((values if self._logits else values.log()) / temperature, dim=-1)
+
     def variances(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """The variance q (1 - q) of every label (r, L) or class (r, C), with all digits however saturated q is."""
         found = distributions(self.values[rows], logits=self._logits, multilabel=self.multilabel)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.queryselect/strategies/v1/representation.proto\x12\x19queryselect.strategies.v1\"5\n\rKCenterGreedy\x12\x16\n\tnormalize\x18\x01 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_normalize\".\n\x06KMeans\x12\x16\n\tnormalize\x18\x01 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_normalize\"\x80\x02\n\tTypiclust\x12\x19\n\x0cmax_clusters\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1d\n\x10min_cluster_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\tneighbors\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12:\n\x08\x64istance\x18\x04 \x01(\x0e\x32#.queryselect.strategies.v1.DistanceH\x03\x88\x01\x01\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x04\x88\x01\x01\x42\x0f\n\r_max_clustersB\x13\n\x11_min_cluster_sizeB\x0c\n\n_neighborsB\x0b\n\t_distanceB\x0c\n\n_normalize\"\xae\x02\n\x11TypiclustToMargin\x12\x19\n\x0cmax_clusters\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1d\n\x10min_cluster_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\tneighbors\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12:\n\x08\x64istance\x18\x04 \x01(\x0e\x32#.queryselect.strategies.v1.DistanceH\x03\x88\x01\x01\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x04\x88\x01\x01\x12\x16\n\tswitch_at\x18\x06 \x01(\x05H\x05\x88\x01\x01\x42\x0f\n\r_max_clustersB\x13\n\x11_min_cluster_sizeB\x0c\n\n_neighborsB\x0b\n\t_distanceB\x0c\n\n_normalizeB\x0c\n\n_switch_at\"s\n\tDropQuery\x12\x13\n\x06passes\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x07\x64ropout\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tnormalize\x18\x03 \x01(\x08H\x02\x88\x01\x01\x42\t\n\x07_passesB\n\n\x08_dropoutB\x0c\n\n_normalize*N\n\x08\x44istance\x12\x18\n\x14\x44ISTANCE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44ISTANCE_SQUARED_L2\x10\x01\x12\x0f\n\x0b\x44ISTANCE_L2\x10\x02\x42\xa2\x01\n\x1cio.queryselect.strategies.v1B\x13RepresentationProtoP\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.queryselect/strategies/v1/representation.proto\x12\x19queryselect.strategies.v1\"5\n\rKCenterGreedy\x12\x16\n\tnormalize\x18\x01 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_normalize\"\x99\x01\n\tProbCover\x12\x12\n\x05\x64\x65lta\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06purity\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0bnum_classes\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x16\n\tnormalize\x18\x04 \x01(\x08H\x03\x88\x01\x01\x42\x08\n\x06_deltaB\t\n\x07_purityB\x0e\n\x0c_num_classesB\x0c\n\n_normalize\"\x90\x01\n\nMaxHerding\x12\x16\n\tbandwidth\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12\x61\x64\x61ptive_bandwidth\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x16\n\tnormalize\x18\x03 \x01(\x08H\x02\x88\x01\x01\x42\x0c\n\n_bandwidthB\x15\n\x13_adaptive_bandwidthB\x0c\n\n_normalize\"\x94\x02\n\x12UncertaintyHerding\x12\x16\n\tbandwidth\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12\x61\x64\x61ptive_bandwidth\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x16\n\tnormalize\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12@\n\x0buncertainty\x18\x04 \x01(\x0e\x32&.queryselect.strategies.v1.UncertaintyH\x03\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x04\x88\x01\x01\x42\x0c\n\n_bandwidthB\x15\n\x13_adaptive_bandwidthB\x0c\n\n_normalizeB\x0e\n\x0c_uncertaintyB\x0e\n\x0c_temperature\"R\n\x0e\x44iscriminative\x12\x18\n\x0bsub_batches\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x0f\n\x02l2\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x0e\n\x0c_sub_batchesB\x05\n\x03_l2\".\n\x06KMeans\x12\x16\n\tnormalize\x18\x01 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_normalize\"\x80\x02\n\tTypiclust\x12\x19\n\x0cmax_clusters\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1d\n\x10min_cluster_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\tneighbors\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12:\n\x08\x64istance\x18\x04 \x01(\x0e\x32#.queryselect.strategies.v1.DistanceH\x03\x88\x01\x01\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x04\x88\x01\x01\x42\x0f\n\r_max_clustersB\x13\n\x11_min_cluster_sizeB\x0c\n\n_neighborsB\x0b\n\t_distanceB\x0c\n\n_normalize\"\xae\x02\n\x11TypiclustToMargin\x12\x19\n\x0cmax_clusters\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1d\n\x10min_cluster_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\tneighbors\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12:\n\x08\x64istance\x18\x04 \x01(\x0e\x32#.queryselect.strategies.v1.DistanceH\x03\x88\x01\x01\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x04\x88\x01\x01\x12\x16\n\tswitch_at\x18\x06 \x01(\x05H\x05\x88\x01\x01\x42\x0f\n\r_max_clustersB\x13\n\x11_min_cluster_sizeB\x0c\n\n_neighborsB\x0b\n\t_distanceB\x0c\n\n_normalizeB\x0c\n\n_switch_at\"s\n\tDropQuery\x12\x13\n\x06passes\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x07\x64ropout\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tnormalize\x18\x03 \x01(\x08H\x02\x88\x01\x01\x42\t\n\x07_passesB\n\n\x08_dropoutB\x0c\n\n_normalize*w\n\x0bUncertainty\x12\x1b\n\x17UNCERTAINTY_UNSPECIFIED\x10\x00\x12\x16\n\x12UNCERTAINTY_MARGIN\x10\x01\x12\x17\n\x13UNCERTAINTY_ENTROPY\x10\x02\x12\x1a\n\x16UNCERTAINTY_CONFIDENCE\x10\x03*N\n\x08\x44istance\x12\x18\n\x14\x44ISTANCE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44ISTANCE_SQUARED_L2\x10\x01\x12\x0f\n\x0b\x44ISTANCE_L2\x10\x02\x42\xa2\x01\n\x1cio.queryselect.strategies.v1B\x13RepresentationProtoP\x01ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\xaa\x02\x19QuerySelect.Strategies.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,16 +32,26 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'queryselect.strategies.v1.r
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\034io.queryselect.strategies.v1B\023RepresentationProtoP\001ZOgithub.com/queryselect/queryselect/proto/queryselect/strategies/v1;strategiesv1\252\002\031QuerySelect.Strategies.V1'
-  _globals['_DISTANCE']._serialized_start=861
-  _globals['_DISTANCE']._serialized_end=939
+  _globals['_UNCERTAINTY']._serialized_start=1527
+  _globals['_UNCERTAINTY']._serialized_end=1646
+  _globals['_DISTANCE']._serialized_start=1648
+  _globals['_DISTANCE']._serialized_end=1726
   _globals['_KCENTERGREEDY']._serialized_start=77
   _globals['_KCENTERGREEDY']._serialized_end=130
-  _globals['_KMEANS']._serialized_start=132
-  _globals['_KMEANS']._serialized_end=178
-  _globals['_TYPICLUST']._serialized_start=181
-  _globals['_TYPICLUST']._serialized_end=437
-  _globals['_TYPICLUSTTOMARGIN']._serialized_start=440
-  _globals['_TYPICLUSTTOMARGIN']._serialized_end=742
-  _globals['_DROPQUERY']._serialized_start=744
-  _globals['_DROPQUERY']._serialized_end=859
+  _globals['_PROBCOVER']._serialized_start=133
+  _globals['_PROBCOVER']._serialized_end=286
+  _globals['_MAXHERDING']._serialized_start=289
+  _globals['_MAXHERDING']._serialized_end=433
+  _globals['_UNCERTAINTYHERDING']._serialized_start=436
+  _globals['_UNCERTAINTYHERDING']._serialized_end=712
+  _globals['_DISCRIMINATIVE']._serialized_start=714
+  _globals['_DISCRIMINATIVE']._serialized_end=796
+  _globals['_KMEANS']._serialized_start=798
+  _globals['_KMEANS']._serialized_end=844
+  _globals['_TYPICLUST']._serialized_start=847
+  _globals['_TYPICLUST']._serialized_end=1103
+  _globals['_TYPICLUSTTOMARGIN']._serialized_start=1106
+  _globals['_TYPICLUSTTOMARGIN']._serialized_end=1408
+  _globals['_DROPQUERY']._serialized_start=1410
+  _globals['_DROPQUERY']._serialized_end=1525
 # @@protoc_insertion_point(module_scope)

@@ -17,6 +17,34 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _Uncertainty:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _UncertaintyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Uncertainty.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    UNCERTAINTY_UNSPECIFIED: _Uncertainty.ValueType  # 0
+    """MARGIN."""
+    UNCERTAINTY_MARGIN: _Uncertainty.ValueType  # 1
+    """1 - (p1 - p2)."""
+    UNCERTAINTY_ENTROPY: _Uncertainty.ValueType  # 2
+    """The entropy, in nats."""
+    UNCERTAINTY_CONFIDENCE: _Uncertainty.ValueType  # 3
+    """1 - p1."""
+
+class Uncertainty(_Uncertainty, metaclass=_UncertaintyEnumTypeWrapper):
+    """How unsure a distribution is; p1 and p2 are its largest probabilities."""
+
+UNCERTAINTY_UNSPECIFIED: Uncertainty.ValueType  # 0
+"""MARGIN."""
+UNCERTAINTY_MARGIN: Uncertainty.ValueType  # 1
+"""1 - (p1 - p2)."""
+UNCERTAINTY_ENTROPY: Uncertainty.ValueType  # 2
+"""The entropy, in nats."""
+UNCERTAINTY_CONFIDENCE: Uncertainty.ValueType  # 3
+"""1 - p1."""
+global___Uncertainty = Uncertainty
+
 class _Distance:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -60,6 +88,150 @@ class KCenterGreedy(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
 
 global___KCenterGreedy = KCenterGreedy
+
+@typing.final
+class ProbCover(google.protobuf.message.Message):
+    """ProbCover: the row whose ball holds most rows that no ball of a labelled or chosen row holds."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DELTA_FIELD_NUMBER: builtins.int
+    PURITY_FIELD_NUMBER: builtins.int
+    NUM_CLASSES_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    delta: builtins.float
+    """The radius of a ball, above 0. Default: the largest at which so many balls are pure as purity says."""
+    purity: builtins.float
+    """The part of balls that hold rows of one cluster alone, where delta is unset. 0 to 1. Default: 0.95."""
+    num_classes: builtins.int
+    """Clusters that stand for classes where delta is unset, 2 or more. Default: the distinct labels, or else C."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: true."""
+    def __init__(
+        self,
+        *,
+        delta: builtins.float | None = ...,
+        purity: builtins.float | None = ...,
+        num_classes: builtins.int | None = ...,
+        normalize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_delta", b"_delta", "_normalize", b"_normalize", "_num_classes", b"_num_classes", "_purity", b"_purity", "delta", b"delta", "normalize", b"normalize", "num_classes", b"num_classes", "purity", b"purity"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_delta", b"_delta", "_normalize", b"_normalize", "_num_classes", b"_num_classes", "_purity", b"_purity", "delta", b"delta", "normalize", b"normalize", "num_classes", b"num_classes", "purity", b"purity"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_delta", b"_delta"]) -> typing.Literal["delta"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_num_classes", b"_num_classes"]) -> typing.Literal["num_classes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_purity", b"_purity"]) -> typing.Literal["purity"] | None: ...
+
+global___ProbCover = ProbCover
+
+@typing.final
+class MaxHerding(google.protobuf.message.Message):
+    """MaxHerding: the row that brings the pool nearest to what is labelled or chosen, nearness by a Gaussian kernel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BANDWIDTH_FIELD_NUMBER: builtins.int
+    ADAPTIVE_BANDWIDTH_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    bandwidth: builtins.float
+    """h in the kernel exp(-d²/h²), above 0; in units of the embeddings. Default: 1."""
+    adaptive_bandwidth: builtins.bool
+    """Whether h is the least distance above 0 between labelled rows, where there is one. Default: false."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: true."""
+    def __init__(
+        self,
+        *,
+        bandwidth: builtins.float | None = ...,
+        adaptive_bandwidth: builtins.bool | None = ...,
+        normalize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth", "_bandwidth", b"_bandwidth", "_normalize", b"_normalize", "adaptive_bandwidth", b"adaptive_bandwidth", "bandwidth", b"bandwidth", "normalize", b"normalize"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth", "_bandwidth", b"_bandwidth", "_normalize", b"_normalize", "adaptive_bandwidth", b"adaptive_bandwidth", "bandwidth", b"bandwidth", "normalize", b"normalize"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth"]) -> typing.Literal["adaptive_bandwidth"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_bandwidth", b"_bandwidth"]) -> typing.Literal["bandwidth"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+
+global___MaxHerding = MaxHerding
+
+@typing.final
+class UncertaintyHerding(google.protobuf.message.Message):
+    """The same, where a row's mass is how unsure the model is of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BANDWIDTH_FIELD_NUMBER: builtins.int
+    ADAPTIVE_BANDWIDTH_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    bandwidth: builtins.float
+    """h in the kernel exp(-d²/h²), above 0; in units of the embeddings. Default: 1."""
+    adaptive_bandwidth: builtins.bool
+    """Whether h is the least distance above 0 between labelled rows, where there is one. Default: false."""
+    normalize: builtins.bool
+    """Whether every row is scaled to unit Euclidean length first. Default: true."""
+    uncertainty: global___Uncertainty.ValueType
+    """What a row's mass is. Default: MARGIN."""
+    temperature: builtins.float
+    """What logits are divided by before the softmax, above 0. Default: 1."""
+    def __init__(
+        self,
+        *,
+        bandwidth: builtins.float | None = ...,
+        adaptive_bandwidth: builtins.bool | None = ...,
+        normalize: builtins.bool | None = ...,
+        uncertainty: global___Uncertainty.ValueType | None = ...,
+        temperature: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth", "_bandwidth", b"_bandwidth", "_normalize", b"_normalize", "_temperature", b"_temperature", "_uncertainty", b"_uncertainty", "adaptive_bandwidth", b"adaptive_bandwidth", "bandwidth", b"bandwidth", "normalize", b"normalize", "temperature", b"temperature", "uncertainty", b"uncertainty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth", "_bandwidth", b"_bandwidth", "_normalize", b"_normalize", "_temperature", b"_temperature", "_uncertainty", b"_uncertainty", "adaptive_bandwidth", b"adaptive_bandwidth", "bandwidth", b"bandwidth", "normalize", b"normalize", "temperature", b"temperature", "uncertainty", b"uncertainty"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_adaptive_bandwidth", b"_adaptive_bandwidth"]) -> typing.Literal["adaptive_bandwidth"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_bandwidth", b"_bandwidth"]) -> typing.Literal["bandwidth"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_temperature", b"_temperature"]) -> typing.Literal["temperature"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_uncertainty", b"_uncertainty"]) -> typing.Literal["uncertainty"] | None: ...
+
+global___UncertaintyHerding = UncertaintyHerding
+
+@typing.final
+class Discriminative(google.protobuf.message.Message):
+    """Discriminative active learning: rows that a logistic regression tells from labelled ones."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SUB_BATCHES_FIELD_NUMBER: builtins.int
+    L2_FIELD_NUMBER: builtins.int
+    sub_batches: builtins.int
+    """How often the discriminator is fitted, 1 or more; at most once per pick. Default: 10."""
+    l2: builtins.float
+    """The penalty on half the squared weights, above 0; the losses of rows are added. Default: 1."""
+    def __init__(
+        self,
+        *,
+        sub_batches: builtins.int | None = ...,
+        l2: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_l2", b"_l2", "_sub_batches", b"_sub_batches", "l2", b"l2", "sub_batches", b"sub_batches"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_l2", b"_l2", "_sub_batches", b"_sub_batches", "l2", b"l2", "sub_batches", b"sub_batches"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_l2", b"_l2"]) -> typing.Literal["l2"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_sub_batches", b"_sub_batches"]) -> typing.Literal["sub_batches"] | None: ...
+
+global___Discriminative = Discriminative
 
 @typing.final
 class KMeans(google.protobuf.message.Message):

@@ -1,0 +1,36 @@
+"""Uncertainty herding."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from benchmarks import pools
+from benchmarks.case import Benchmark, Case, Peer, Problem, Scaling
+from benchmarks.kernels.max_herding import greedy
+from queryselect_service.strategy import Sizes
+
+
+def by_definition(problem: Problem) -> Tensor:
+    """The greedy of max_herding, a row's mass 1 less its margin, 0 where it is labelled."""
+    p = np.sort(problem.array("probabilities").astype(np.float64), axis=1)
+    mass = 1 - (p[:, -1] - p[:, -2]) / p.sum(1)
+    mass[problem.context.cpu().numpy()] = 0
+    return greedy(problem, mass)
+
+
+BENCHMARKS = (
+    Benchmark(
+        strategy="uncertainty_herding",
+        make=pools.classified,
+        peers=(Peer("numpy", by_definition, "the definition", exact=True),),
+        floor=lambda sizes: {"gemm f64": 2 * sizes.N * sizes.N * sizes.D},
+        quick=Case(Sizes(N=300, D=16, C=4, L=5, k=10)),
+        cpu=(Case(Sizes(N=10_000, D=384, C=10, L=100, k=20), ratios={"numpy": 3}, ceiling=4),),
+        cuda=(Case(Sizes(N=50_000, D=384, C=10, L=100, k=100)),),
+        scaling=Scaling(
+            Sizes(N=2_000, D=64, C=10, L=20, k=20),
+            {"N": (1_000, 8_000), "D": (48, 384), "k": (10, 80)},
+        ),
+    ),
+)

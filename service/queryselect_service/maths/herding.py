@@ -1,0 +1,228 @@
+"""Greedy maximisation of generalised coverage: how well a kernel sees every row from those that are labelled or chosen.
+
+Requirements that the design meets:
+
+- Picks are those of the plain greedy, computed in float64. Gains that differ by no more than rounding are ties, and go
+  to the lowest row.
+- No matrix of all pairs: kernels are made for a few candidates at a time, a span of rows at a time.
+- A gain only falls while the batch grows (the objective is submodular), so that one from before is an upper bound: a
+  candidate is looked at again only where its bound reaches the best (Minoux, Accelerated greedy algorithms for
+  maximizing submodular set functions, 1978).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from queryselect_service.choice import Choice
+from queryselect_service.maths.distances import Points
+from queryselect_service.selection import Selection
+from queryselect_service.shards import SPAN_BYTES, Shards
+from queryselect_service.spec import Herding
+from queryselect_service.strategy import Sizes
+
+#: Candidates whose gains are computed at once: at first in a step, doubled as more are needed, and at the most.
+FEW, MANY = 16, 256
+#: Multiply-adds over all rows after which slices meet, so that a caller who leaves is heard.
+MEETING = 1 << 33
+#: Multiply-adds of a matrix product that take as long as touching a byte, and bytes that one by differences takes.
+FAST_PRODUCTS, SLOW_BYTES = 4, 4
+#: How wrong exponents of the kernel may be where distances are computed by their expansion; else by differences.
+BLUR = 1e-10
+#: Gains that differ by less than this part of the best are ties.
+TIE = 1e-10
+#: Where exponents end, and their roots: beyond, the exponential is no normal number, which takes ten times as long.
+FARTHEST, FARTHEST_ROOT = 676.0, 26.0
+
+
+def memory(sizes: Sizes, spec: Herding) -> int:
+    """A float64 copy of the rows, what Points makes of them before, a dozen numbers per row, picks, and spans."""
+    wide = max(4, sizes.item)
+    points = sizes.D * wide + 2 * wide if spec.normalize or sizes.item < wide else 2 * wide
+    spans = min(SPAN_BYTES, 3 * 8 * sizes.N * (sizes.D + MANY))
+    return sizes.N * (8 * sizes.D + points + 80) + 16 * sizes.L * sizes.D + spans
+
+
+def work(sizes: Sizes) -> float:
+    """One look at every pair, and some more as the batch grows."""
+    return float(sizes.N) * sizes.N * sizes.D * 2
+
+
+def herd(
+    embeddings: Tensor, weights: Tensor | None, *, spec: Herding, context: Tensor, choice: Choice, pool: Shards
+) -> Selection:
+    """Picks rows (k,) by max_u (1/N) Σ_x w_x max(k(x, u) - m_x, 0), m_x = max over context and picks of k(x, ·).
+
+    embeddings: (n, D). weights: (n,) w, at least 0; by default 1. context: (l,). Scores are the gains.
+    """
+    points = Points(embeddings, pool, normalize=spec.normalize)
+    coverage = Coverage(points, weights, context, spec)
+    notices = points.inert_rows() if spec.normalize else ()
+    del points  # it may have a copy of the rows
+    greedy = _LazyGreedy(coverage, choice)
+    first = greedy.bounds.clone()
+    indices, scores = greedy.run()
+    return Selection(indices, scores, lambda: first, notices)
+
+
+class Coverage:
+    """How well rows are covered by those that are labelled or chosen, m (n,), and what candidates would add.
+
+    rows: (n, D) float64. error: what gains are wrong by at the most, a number.
+    """
+
+    def __init__(self, points: Points, weights: Tensor | None, context: Tensor, spec: Herding) -> None:
+        self.pool, embeddings = points.pool, points.embeddings
+        n, dims, device = *embeddings.shape, embeddings.device
+        eps, tiny = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
+        self.rows = torch.empty(n, dims, dtype=torch.float64, device=device)
+        for span in self.pool.spans(n, 5 * 8 * dims):
+            self.rows[span] = points.moved(embeddings[span])
+        self._norms = torch.empty_like(self.rows[:, 0])
+        for span in self.pool.spans(n, 2 * 8 * dims):
+            self._norms[span] = self.rows[span].square().sum(1)
+        share = torch.ones_like(self._norms) if weights is None else weights.double()
+        self._mass = share / self.pool.size
+
+        labeled = torch.cat([self.rows[:0], *(block for (block,) in self.pool.blocks(self.rows[context]))])
+        least = least_distance(labeled, self.pool) if spec.adaptive_bandwidth else None
+        width = spec.bandwidth * points.scale if least is None else least
+        self._width = max(width, tiny)
+        _, largest = self.pool.best(self._norms)
+        rounding = eps * (8 + 2 * dims)
+        blur = rounding * 4 * float(largest) / self._width / self._width
+        self._fast = blur <= BLUR
+        self.error = (blur if self._fast else 0.0) + rounding
+        self.error *= float(self.pool.sum(self._mass.sum()))
+
+        #: Candidates that are looked at together at the most.
+        self.many = max(1, min(MANY, MEETING // (self.pool.size * dims)))
+        self.covered = torch.zeros_like(self._norms)  # m
+        for start in range(0, len(labeled), self.many):
+            self.pool.sum(self._mass[:0].sum())  # where slices hear of a caller who has left
+            self.cover(labeled[start : start + self.many])
+
+    def cover(self, centres: Tensor) -> None:
+        """Raises m by what centres (c, D) see."""
+        for span in self._spans(len(centres)):
+            seen = self._kernel(span, centres).amax(1)
+            torch.maximum(self.covered[span], seen, out=self.covered[span])
+
+    def gains(self, candidates: Tensor) -> Tensor:
+        """What candidates (c, D), the same in all slices, would add, each: (c,), at least 0."""
+        total = candidates.new_zeros(len(candidates))
+        for span in self._spans(len(candidates)):
+            rise = self._kernel(span, candidates).sub_(self.covered[span, None]).clamp_min_(0)
+            total += self._mass[span] @ rise
+        found: Tensor = self.pool.sum(total)
+        return torch.where(found > self.error, found, 0.0)
+
+    def _kernel(self, span: slice, centres: Tensor) -> Tensor:
+        """k(x, c) = exp(-|x - c|² / h²), (s, c)."""
+        rows = self.rows[span]
+        if self._fast:
+            squared = self._norms[span, None] + centres.square().sum(1)
+            squared.addmm_(rows, centres.T, alpha=-2).div_(self._width**2)
+            return squared.clamp_(0, FARTHEST).neg_().exp_()
+        distances = torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist").div_(self._width)
+        return distances.clamp_max_(FARTHEST_ROOT).square_().neg_().exp_()
+
+    def _spans(self, centres: int) -> Iterator[slice]:
+        dims = self.rows.shape[1]
+        products = dims * centres // FAST_PRODUCTS + 8 * (dims + 4 * centres)
+        return self.pool.spans(len(self.rows), products if self._fast else _by_differences(dims, centres))
+
+
+def _by_differences(dims: int, centres: int) -> int:
+    """Bytes that a row's distances to centres take as long as."""
+    return SLOW_BYTES * (8 + dims) * centres
+
+
+def least_distance(rows: Tensor, pool: Shards) -> float | None:
+    """The least distance above 0 between two of the rows (m, D), the same in all slices; None where there is none."""
+    least = rows.new_full((), torch.inf)
+    for start in range(0, len(rows), MANY):
+        some = rows[start : start + MANY]
+        for span in pool.spans(start + len(some), _by_differences(rows.shape[1], len(some))):
+            found = torch.cdist(rows[span], some, compute_mode="donot_use_mm_for_euclid_dist")
+            least = torch.minimum(least, torch.where(found > 0, found, torch.inf).amin())
+    return float(least) if least < torch.inf else None
+
+
+class _LazyGreedy:
+    """Picks one row after the other.
+
+    bounds: (n,), upper bounds of gains, those of rows that are up to date the gains themselves; of no meaning where a
+    row may not be chosen.
+    """
+
+    def __init__(self, coverage: Coverage, choice: Choice) -> None:
+        self._coverage, self._choice, self._pool = coverage, choice, coverage.pool
+        n, device = len(coverage.rows), coverage.rows.device
+        self.bounds = torch.zeros_like(coverage.covered)
+        self._seen = torch.zeros(n, dtype=torch.int32, device=device)  # after how many picks a gain was computed
+        self._made = 0
+        self._numbers = torch.arange(self._pool.offset, self._pool.offset + n, device=device)
+        begin = 0  # the global number of the block's first row
+        for rows, allowed in self._pool.blocks(coverage.rows, choice.allowed):
+            at = allowed.nonzero().squeeze(1)
+            for start in range(0, len(at), coverage.many):
+                some = at[start : start + coverage.many]
+                self._look(begin + some, rows[some])
+            begin += len(rows)
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Global rows (k,) and their gains (k,) when picked; fewer where the limits end the selection."""
+        choice, coverage = self._choice, self._coverage
+        rows, gains = [self._numbers[:0]], [self.bounds[:0]]
+        while self._made < choice.k:
+            self._pool.progress(self._made, choice.k)
+            row, gain, pick = self._best()
+            if choice.ends(gain):
+                break
+            if not gain > 0 and not choice.reopens:
+                last, zeros = choice.walk(torch.zeros_like(self.bounds), choice.k - self._made)
+                rows.append(last)
+                gains.append(zeros)
+                break
+            choice.take(row)
+            rows.append(row[None])
+            gains.append(gain[None])
+            self._made += 1
+            if gain > 0:
+                coverage.cover(pick[None])
+        return torch.cat(rows), torch.cat(gains)
+
+    def _look(self, numbers: Tensor, rows: Tensor) -> None:
+        """Computes the gains of global rows (c,), rows (c, D) of all slices."""
+        gains = self._coverage.gains(rows)
+        at = numbers - self._pool.offset
+        here = (at >= 0) & (at < len(self.bounds))
+        at, gains = at[here], gains[here]
+        self.bounds[at] = gains
+        # Nothing to gain is nothing to gain later.
+        self._seen[at] = torch.where(gains > 0, self._made, self._choice.steps).to(torch.int32)
+
+    def _best(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The lowest of the free rows whose gains are as good as the best: global row, gain, (D,); gain -inf: none."""
+        choice, pool, many = self._choice, self._pool, FEW
+        while True:
+            late = choice.free & (self._seen < self._made)
+            known = torch.where(late, -torch.inf, self.bounds)
+            _, best = choice.best(known)
+            slack = TIE * best.clamp_min(0) + self._coverage.error
+            count = min(many, self._coverage.many)
+            found = pool.top(self.bounds, count, late & (self.bounds > best + slack), self._coverage.rows)
+            if not len(found[0]):
+                ties = torch.where(known >= best - slack, 0.0, -torch.inf)
+                row, some, gain, pick = choice.best(ties, self.bounds, self._coverage.rows)
+                # Before the lowest tie there may be another.
+                before = late & (self.bounds >= best - slack) & (self._numbers < row)
+                found = pool.top(-self._numbers.double(), count, before, self._coverage.rows)
+                if not len(found[0]):
+                    return row, gain + some, pick
+            self._look(found[0], found[2])
+            many *= 2
