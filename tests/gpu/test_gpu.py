@@ -24,6 +24,7 @@ DEVICE = os.environ.get("QUERYSELECT_TEST_DEVICE", "cuda")
 N, M, D, C, K = 20_000, 2000, 96, 12, 10
 #: Inputs that a strategy can do without, though not without any of them; and parameters that it needs.
 OPTIONAL, PARAMS = {("drop_query", "head_weights")}, {"prob_cover": {"delta": 0.9}}
+CLUSTERED = {"drop_query", "k_means", "typiclust", "typiclust_to_margin"}
 KERNELS = [
     {"kernel": kernel, "coarse_products": coarse} for kernel in ("PCC", "SUM", "LAST_LAYER") for coarse in (False, True)
 ]
@@ -59,6 +60,9 @@ def make_inputs(strategy: strategies.Strategy) -> dict[str, torch.Tensor]:
             or (refers and each.name.removeprefix("validation_") in {"probabilities", "labels"})
         ):
             found[each.name] = make(each.name, rows)
+    if strategy.name in CLUSTERED:  # in as many blobs as picks: in one alone, rounding decides where k-means ends
+        middles = torch.randn(100, D, generator=torch.Generator().manual_seed(0))
+        found["embeddings"] += 20 * middles[torch.arange(N) % 100]
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from queryselect_service.maths import kmeans, typicality
 from queryselect_service.maths.distances import Points
 from queryselect_service.maths.farthest import farthest_rows
-from queryselect_service.shards import SPAN_BYTES, Shards
+from queryselect_service.shards import Shards
 from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, Selection, Sizes, strategy
 
@@ -48,7 +48,7 @@ def memory(sizes: Sizes, spec: Typiclust) -> int:
     clusters = min(sizes.L + sizes.k, spec.max_clusters)
     clustering = kmeans.memory(sizes.N, sizes.D, sizes.item, clusters, normalize=spec.normalize)
     one = typicality.memory(sizes.N, sizes.D, sizes.item, spec.neighbors)  # all rows may be one cluster
-    return clustering + one + (sizes.L + sizes.k) * sizes.D * sizes.item + SPAN_BYTES
+    return clustering + one + 2 * (sizes.L + sizes.k) * sizes.D * sizes.item
 
 
 def work(sizes: Sizes) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.maths.distances import EXACT_BYTES, Points
+from queryselect_service.maths.distances import EXACT_BYTES, PRODUCTS, Points
 from queryselect_service.maths.noise import uniform
 from queryselect_service.selection import Notice, NoticeCode
 from queryselect_service.shards import SPAN_BYTES
@@ -100,7 +100,8 @@ def memory(rows: int, dims: int, item: int, clusters: int, *, normalize: bool) -
     """
     wide = max(4, item)
     copy = dims * wide if normalize or item < wide else 0
-    spans = min(2 * SPAN_BYTES, 8 * rows * (4 * dims + 2 * clusters))
+    tables = 4 * SPAN_BYTES * clusters // (dims + clusters * (4 + dims // PRODUCTS))  # with their errors; see Points
+    spans = min(max(SPAN_BYTES // 2, tables), 8 * rows * (4 * dims + 2 * clusters))
     return rows * (copy + 72 + 2 * wide * (2 + int(math.log(clusters)))) + 6 * 8 * clusters * dims + spans
 
 
@@ -184,7 +185,11 @@ class _Sums:
             rows = points.nearly(span) if origins is None else points.moved(points.embeddings[span])
             if origins is not None:
                 rows -= origins[labels[span]]
-            total.index_add_(0, labels[span], torch.cat([rows.mul_(some), some, (some > 0).double()], dim=1))
+            rows = torch.cat([rows.mul_(some), some, (some > 0).double()], dim=1)
+            if rows.device.type == "cpu":
+                total.index_add_(0, labels[span], rows)
+            else:  # there index_add_ adds in any order, and this one sorts first
+                total.index_put_((labels[span],), rows, accumulate=True)
         total = points.pool.sum(total)
         self._sums, self.masses, self.counts = total[:, :dims], total[:, dims], total[:, dims + 1]
 

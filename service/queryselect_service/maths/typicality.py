@@ -80,11 +80,15 @@ def _bounds(points: Points, members: Tensor, size: int, count: int, *, squared: 
                 table = squared_distances(rows[span], norms[span], theirs[tile], their[tile]).clamp_min_(0)
                 _part(table, members[span] + pool.offset, whose[tile])
                 nearest[span] = _nearest(nearest[span], table, count)
-    nearest, reach = nearest.double(), norms.double()[:, None]
-    # As in Points.error_bound, measured from the cluster's mean; and what vanishes among squares.
-    error = (nearest + 2 * reach) * (2 * rounding(rows.dtype, dims)) + 4 * dims * torch.finfo(rows.dtype).tiny
-    lower, upper = (nearest - error).clamp_min_(0), nearest + error
-    return (lower.mean(1), upper.mean(1)) if squared else (lower.sqrt_().mean(1), upper.sqrt_().mean(1))
+    lower, upper = norms.new_empty(2, len(members), dtype=torch.float64)
+    for span in pool.spans(len(members), 64 * count):
+        # As in Points.error_bound, measured from the cluster's mean; and what vanishes among squares.
+        near = nearest[span].double()
+        error = (near + 2 * norms[span, None]) * (2 * rounding(rows.dtype, dims))
+        error += 4 * dims * torch.finfo(rows.dtype).tiny
+        least, most = (near - error).clamp_min_(0), near + error
+        lower[span], upper[span] = (x.mean(1) if squared else x.sqrt_().mean(1) for x in (least, most))
+    return lower, upper
 
 
 def _exactly(points: Points, members: Tensor, rows: Tensor, count: int, *, squared: bool) -> Tensor:
@@ -120,8 +124,9 @@ def _nearest(nearest: Tensor, table: Tensor, count: int) -> Tensor:
 
 
 def memory(rows: int, dims: int, item: int, neighbors: int) -> int:
-    """The bytes that a cluster of so many rows may take: these, measured from their mean or as given, and numbers.
+    """The bytes that a cluster of so many rows takes beside spans: these, measured from their mean or as given.
 
     item: bytes of an entry of the rows.
     """
-    return rows * (dims * max(4, item) + (4 * 8 + 2 * max(4, item)) * neighbors + 64)
+    wide = max(4, item)
+    return rows * (dims * wide + neighbors * wide + 64)
