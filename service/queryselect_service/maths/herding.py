@@ -39,11 +39,17 @@ FARTHEST, FARTHEST_ROOT = 676.0, 26.0
 
 
 def memory(sizes: Sizes, spec: Herding) -> int:
-    """A float64 copy of the rows, what Points makes of them before, a dozen numbers per row, picks, and spans."""
+    """A float64 copy of the rows, numbers per row, labelled rows, spans, and what Points makes, or few candidates."""
     wide = max(4, sizes.item)
-    points = sizes.D * wide + 2 * wide if spec.normalize or sizes.item < wide else 2 * wide
+    points = sizes.N * ((sizes.D if spec.normalize or sizes.item < wide else 0) + 2) * wide
+    few = 2 * 8 * sizes.D * min(sizes.N, at_once(sizes.N, sizes.D))  # candidates that are looked at, taken from blocks
     spans = min(SPAN_BYTES, 3 * 8 * sizes.N * (sizes.D + MANY))
-    return sizes.N * (8 * sizes.D + points + 80) + 16 * sizes.L * sizes.D + spans
+    return sizes.N * (8 * sizes.D + 80) + 16 * sizes.L * sizes.D + spans + max(points, few)
+
+
+def at_once(rows: int, dims: int) -> int:
+    """Candidates that are looked at together, at the most."""
+    return max(1, min(MANY, MEETING // max(1, rows * dims)))
 
 
 def work(sizes: Sizes) -> float:
@@ -99,7 +105,7 @@ class Coverage:
         self.error *= float(self.pool.sum(self._mass.sum()))
 
         #: Candidates that are looked at together at the most.
-        self.many = max(1, min(MANY, MEETING // (self.pool.size * dims)))
+        self.many = at_once(self.pool.size, dims)
         self.covered = torch.zeros_like(self._norms)  # m
         for start in range(0, len(labeled), self.many):
             self.pool.sum(self._mass[:0].sum())  # where slices hear of a caller who has left
@@ -124,7 +130,7 @@ class Coverage:
         """k(x, c) = exp(-|x - c|² / h²), (s, c)."""
         rows = self.rows[span]
         if self._fast:
-            squared = self._norms[span, None] + centres.square().sum(1)
+            squared: Tensor = self._norms[span, None] + torch.linalg.vector_norm(centres, dim=1).square_()
             squared.addmm_(rows, centres.T, alpha=-2).div_(self._width**2)
             return squared.clamp_(0, FARTHEST).neg_().exp_()
         distances = torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist").div_(self._width)
