@@ -94,7 +94,7 @@ def test_the_callers_message_is_neither_changed_nor_shared(fake: Fake, recorded:
         ("margn", None, "strategy", "did you mean 'margin'"),
         ("k_centre_greedy", None, "strategy", "did you mean 'k_center_greedy'"),
         ("Margin", None, "strategy", "did you mean 'margin'"),
-        ("zzz", None, "strategy", "This client knows .*custom, entropy"),
+        ("zzz", None, "strategy", "This client knows .*custom, discriminative"),
         ("", None, "strategy", "no query strategy ''"),
         (selection_pb2.Stop(), None, "strategy", "queryselect.v1.Stop is no query strategy"),
         ("margin", {"topk": 2}, "strategy.margin.topk", "did you mean 'top_k'"),

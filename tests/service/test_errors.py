@@ -292,7 +292,7 @@ UNSERVED = [
      "k_center_greedy does not serve pool.item_rows: it compares rows"),
     ("item aggregation of a newer client", request(item_rows=tensor(np.arange(10)), item_aggregation=9),
      "pool.item_aggregation", "value 9 of ItemAggregation"),
-    ("an input that no strategy here reads", request(clusters=tensor(np.arange(10))), "pool.clusters", "yet"),
+    ("an input that no strategy here reads", request(utilities=tensor(np.arange(10.0))), "pool.utilities", "yet"),
     ("samples kind of a newer client",
      request(samples=tensor(np.full((10, 2, 4), 0.25)), samples_kind=9), "pool.samples_kind", "value 9 of SamplesKind"),
     ("a model", request(model="encoder"), "pool.model", "yet"),

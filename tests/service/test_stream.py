@@ -102,6 +102,10 @@ def typed(x: torch.Tensor) -> tensor_pb2.Tensor:
     return tensor_pb2.Tensor(dtype=wire.NUMBERS[x.dtype], shape=x.shape, data=data)
 
 
+#: Of the inputs that a strategy can do without, such as it can't do without all of.
+NEEDED = {("drop_query", "head_weights"), ("prob_cover", "probabilities")}
+
+
 def some_request(name: str, dtype: torch.dtype, rows: int) -> selection_pb2.SelectRequest:
     """A request for any strategy, with lists of rows of both kinds and ids."""
     strategy, message = registry.STRATEGIES[name], strategy_pb2.Strategy()
@@ -130,7 +134,7 @@ def some_request(name: str, dtype: torch.dtype, rows: int) -> selection_pb2.Sele
                 getattr(references[each.role], each.field).CopyFrom(some_tensor(each.field, shape, dtype))
         elif each.name == "scales":
             pool[each.name] = scales(rows)
-        elif each.required:
+        elif each.required or (name, each.name) in NEEDED:
             pool[each.name] = some_tensor(each.name, shape, dtype)
     mask = np.zeros(rows, bool)
     mask[[4, 5]] = True
