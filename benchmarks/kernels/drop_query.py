@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks import pools
 from benchmarks.case import Benchmark, Case, Peer, Problem, Scaling
+from benchmarks.kernels.k_means import representatives
 from queryselect_service.strategy import Sizes
 
 PASSES, DROPOUT, ENOUGH = 3, 0.75, 25
@@ -22,9 +23,6 @@ def with_head(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
 
 def by_definition(problem: Problem) -> Tensor:
     """Numpy's masks and products, k-means of scikit-learn, and the row nearest to each centre."""
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import pairwise_distances
-
     x, head = problem.array("embeddings"), problem.array("head_weights")
     rng, plain = np.random.default_rng(problem.seed), (x @ head.T).argmax(1)
     changed = np.zeros(len(x), dtype=int)
@@ -35,13 +33,7 @@ def by_definition(problem: Problem) -> Tensor:
         threshold -= 1
     rows = np.flatnonzero(free & (changed > threshold))
     some = x[rows] / np.linalg.norm(x[rows], axis=1, keepdims=True)
-    found = KMeans(problem.k, n_init=1, max_iter=100, tol=0, random_state=problem.seed).fit(some)
-    away = pairwise_distances(found.cluster_centers_, some)
-    picks: list[int] = []
-    for row in away:
-        picks.append(int(row.argmin()))
-        away[:, picks[-1]] = np.inf
-    return torch.from_numpy(rows[picks])
+    return torch.from_numpy(rows[representatives(some, problem.k, problem.seed, np.ones(len(some), dtype=bool))])
 
 
 BENCHMARKS = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,20 +15,28 @@ from queryselect_service.strategy import Sizes
 SCIKIT = "scikit-learn"
 
 
-def scikit_learn(problem: Problem) -> Tensor:
-    """One start and Lloyd's iterations to the end, and for each centre the nearest row that is not taken."""
+def representatives(x: Any, k: int, seed: int, free: Any) -> Any:
+    """Rows (k,) of x (n, D): for each centre of scikit-learn's k-means the nearest free row (n,) that is not taken.
+
+    One start, and Lloyd's iterations to the end.
+    """
     from sklearn.cluster import KMeans
     from sklearn.metrics import pairwise_distances
 
-    x = problem.array("embeddings")
-    found = KMeans(problem.k, n_init=1, max_iter=100, tol=0, random_state=problem.seed).fit(x)
+    found = KMeans(k, n_init=1, max_iter=100, tol=0, random_state=seed).fit(x)
     away = pairwise_distances(found.cluster_centers_, x)
-    away[:, ~problem.candidates.cpu().numpy()] = np.inf
+    away[:, ~free] = np.inf
     picks: list[int] = []
     for row in away:
         picks.append(int(row.argmin()))
         away[:, picks[-1]] = np.inf
-    return torch.tensor(picks)
+    return np.array(picks)
+
+
+def scikit_learn(problem: Problem) -> Tensor:
+    """On all rows."""
+    free = problem.candidates.cpu().numpy()
+    return torch.from_numpy(representatives(problem.array("embeddings"), problem.k, problem.seed, free))
 
 
 BENCHMARKS = (

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from queryselect_service.maths.distances import Points, power_of_two, unit_
+from queryselect_service.maths.distances import Points, copy_bytes, power_of_two, unit_
 from queryselect_service.maths.farthest import farthest_rows
 from queryselect_service.maths.noise import uniform
 from queryselect_service.maths.predictions import Predictions
@@ -33,7 +33,7 @@ def _memory(sizes: Sizes, spec: Badge) -> int:
     """Numbers per row, picks, spans of float64 rows; and a copy of half types, or of unit rows, where gradients end."""
     wide = sizes.D + sizes.C
     spans = min(SPAN_BYTES, 24 * sizes.N * (wide + TOGETHER)) + 16 * TOGETHER * wide
-    copy = max(4, sizes.item) * sizes.D if spec.normalize or sizes.item < 4 else 0
+    copy = copy_bytes(sizes.D, sizes.item, normalize=spec.normalize)
     return sizes.N * (48 + copy) + spans + sizes.k * (sizes.D * sizes.item + 32)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from queryselect_service.errors import InvalidInput
-from queryselect_service.maths.distances import EXACT_BYTES, Points
+from queryselect_service.maths.distances import EXACT_BYTES, Points, copy_bytes
 from queryselect_service.maths.farthest import FarthestFirst
 from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Spec, parameter
@@ -48,7 +48,7 @@ class Discriminative(Spec):
 
 def _memory(sizes: Sizes, _: Discriminative) -> int:
     """A standardised float64 copy of the rows, what Points makes of half types, numbers per row, and spans."""
-    copy = 4 * sizes.D if sizes.item < 4 else 0
+    copy = copy_bytes(sizes.D, sizes.item, normalize=False)
     spans = min(3 * SPAN_BYTES // 2, 4 * 8 * sizes.N * sizes.D)
     return sizes.N * (8 * (sizes.D + 1) + copy + 90) + 2 * sizes.k * sizes.D * sizes.item + 100 * sizes.D + spans
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from queryselect_service.maths.distances import Points
+from queryselect_service.maths.distances import Points, copy_bytes
 from queryselect_service.maths.farthest import CROWD, FarthestFirst
 from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Spec, parameter
@@ -25,7 +25,7 @@ class KCenterGreedy(Spec):
 def _memory(sizes: Sizes, spec: KCenterGreedy) -> int:
     """A moved copy of the rows where Points makes one, centres, numbers per row, spans of float64 rows, a frontier."""
     wide = max(4, sizes.item)
-    copy = sizes.D * wide if spec.normalize or sizes.item < wide else 0
+    copy = copy_bytes(sizes.D, sizes.item, normalize=spec.normalize)
     spans = min(3 * SPAN_BYTES // 2, 4 * 8 * sizes.N * sizes.D)
     return (
         sizes.N * (copy + 24 + 8 * wide) + 2 * (sizes.L + sizes.k) * sizes.D * sizes.item + spans + 16 * CROWD * sizes.D

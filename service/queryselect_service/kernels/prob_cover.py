@@ -12,7 +12,7 @@ from torch import Tensor
 
 from queryselect_service.errors import InvalidInput
 from queryselect_service.maths import kmeans
-from queryselect_service.maths.distances import Points
+from queryselect_service.maths.distances import Points, copy_bytes
 from queryselect_service.maths.farthest import FarthestFirst
 from queryselect_service.maths.neighbourhoods import Neighbourhoods, parts, pure_radius
 from queryselect_service.maths.predictions import Predictions
@@ -62,7 +62,7 @@ class ProbCover(Spec):
 def _memory(sizes: Sizes, spec: ProbCover) -> int:
     """A moved copy of the rows where Points makes one, those not yet covered, numbers per row, picks, spans."""
     wide = max(4, sizes.item)
-    copy = sizes.D * wide if spec.normalize or sizes.item < wide else 0
+    copy = copy_bytes(sizes.D, sizes.item, normalize=spec.normalize)
     cover = sizes.N * (copy + sizes.D * sizes.item + 72 + 3 * wide) + 2 * (sizes.L + 2 * sizes.k) * sizes.D * sizes.item
     spans = min(2 * SPAN_BYTES, 8 * sizes.N * (4 * sizes.D + 512))
     if spec.delta is not None:

@@ -133,22 +133,9 @@ class Points:
 
     def update_nearest(self, nearest: Tensor, centres: Tensor) -> None:
         """Lowers `nearest` (n,), in place, to the fast squared distances to `centres` (m, D), rows as given."""
-        dims, dtype = self.work.shape[1], self.work.dtype
-        room = self.work[:0]
         for batch in _batches(centres):
-            moved = self.moved(batch)  # (c, D)
-            some = moved.to(dtype)
-            their = (moved.square().sum(1) + 2 * (some.double() @ self.origin)).to(dtype)  # (c,), |c'|^2 + 2 o.c'
-            touched = dims * (MOVE_COST if self.move else 1) + 4 * len(some)
-            for span in self.pool.spans(len(self.work), self.work.element_size() * touched):
-                if self.move and span.stop - span.start > len(room):
-                    room = torch.empty_like(self.work[span])
-                squared = self._squared(span, some, their, room)
-                torch.minimum(nearest[span], squared, out=nearest[span])
-
-    def _squared(self, span: slice, some: Tensor, their: Tensor, room: Tensor) -> Tensor:
-        """The fast squared distances (s,) of a span of rows to the nearest of `some` (c, D). room: for moved rows."""
-        return self._table(span, some, their, room).amin(1).clamp_min_(0)
+            for span, table in self.tables(self.moved(batch)):
+                torch.minimum(nearest[span], table.amin(1), out=nearest[span])
 
     def tables(self, centres: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Span by span the fast squared distances (s, c) of rows to all `centres` (c, D), at least 0.
@@ -207,6 +194,12 @@ def unit_(rows: Tensor) -> Tensor:
         lengths = torch.linalg.vector_norm(rows, order, dim=-1, keepdim=True)
         rows /= lengths.clamp_min_(torch.finfo(torch.float64).tiny)
     return rows
+
+
+def copy_bytes(dims: int, item: int, *, normalize: bool) -> int:
+    """The bytes per row of the copy that Points makes: none where it reads rows as given. item: bytes of an entry."""
+    wide = max(4, item)
+    return dims * wide if normalize or item < wide else 0
 
 
 def _batches(*centres: Tensor) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.maths.distances import Points
+from queryselect_service.maths.distances import Points, copy_bytes
 from queryselect_service.selection import Selection
 from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Herding
@@ -41,7 +41,7 @@ FARTHEST, FARTHEST_ROOT = 676.0, 26.0
 def memory(sizes: Sizes, spec: Herding) -> int:
     """A float64 copy of the rows, numbers per row, labelled rows, spans, and what Points makes, or few candidates."""
     wide = max(4, sizes.item)
-    points = sizes.N * ((sizes.D if spec.normalize or sizes.item < wide else 0) + 2) * wide
+    points = sizes.N * (copy_bytes(sizes.D, sizes.item, normalize=spec.normalize) + 2 * wide)
     few = 2 * 8 * sizes.D * min(sizes.N, at_once(sizes.N, sizes.D))  # candidates that are looked at, taken from blocks
     spans = min(SPAN_BYTES, 3 * 8 * sizes.N * (sizes.D + MANY))
     return sizes.N * (8 * sizes.D + 80) + 16 * sizes.L * sizes.D + spans + max(points, few)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.maths.distances import EXACT_BYTES, PRODUCTS, Points
+from queryselect_service.maths.distances import EXACT_BYTES, PRODUCTS, Points, copy_bytes
 from queryselect_service.maths.noise import uniform
 from queryselect_service.selection import Notice, NoticeCode
 from queryselect_service.shards import SPAN_BYTES
@@ -99,7 +99,7 @@ def memory(rows: int, dims: int, item: int, clusters: int, *, normalize: bool) -
     item: bytes of an entry of the rows.
     """
     wide = max(4, item)
-    copy = dims * wide if normalize or item < wide else 0
+    copy = copy_bytes(dims, item, normalize=normalize)
     tables = 4 * SPAN_BYTES * clusters // (dims + clusters * (4 + dims // PRODUCTS))  # with their errors; see Points
     spans = min(max(SPAN_BYTES // 2, tables), 8 * rows * (4 * dims + 2 * clusters))
     return rows * (copy + 72 + 2 * wide * (2 + int(math.log(clusters)))) + 6 * 8 * clusters * dims + spans
