@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from queryselect import Client, InvalidInput, MaxHerding
+from queryselect_service.maths import herding
 from tests.kernels.leaving import checks
 from tests.strategy_case import CUTS, ROWS, StrategyCase, assert_promised
 
@@ -96,6 +97,23 @@ def test_lazy_is_plain_greedy_to_the_last_row(local: Client, h):
     assert got.indices.tolist() == picks.tolist()
     np.testing.assert_allclose(got.scores, scores, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(got.pool_scores[3:], first[3:], rtol=1e-9, atol=1e-12)
+
+
+def test_rows_without_structure_are_no_more_work_than_a_few_matrices_of_pairs(local: Client, monkeypatch):
+    """There every pick takes a little from every gain, so that going by earlier gains alone is all pairs for a pick."""
+    x, pairs, kernel = np.random.default_rng(0).normal(size=(800, 300)), [], herding.Coverage._kernel
+
+    def counted(self, some, centres):
+        found = kernel(self, some, centres)
+        pairs.append(found.numel())
+        return found
+
+    monkeypatch.setattr(herding.Coverage, "_kernel", counted)
+    picks, scores, _ = herd(unit(x), 80, np.arange(0), np.ones(800, bool))
+    got = local.select("max_herding", 80, embeddings=x)
+    assert got.indices.tolist() == picks.tolist()
+    np.testing.assert_allclose(got.scores, scores, rtol=1e-9)
+    assert sum(pairs) / 800**2 < 9
 
 
 @pytest.mark.parametrize("h", [4.0, 1e-3])

@@ -8,6 +8,8 @@ Requirements that the design meets:
 - A gain only falls while the batch grows (the objective is submodular), so that one from before is an upper bound: a
   candidate is looked at again only where its bound reaches the best (Minoux, Accelerated greedy algorithms for
   maximizing submodular set functions, 1978).
+- A pick changes gains by the rows that it covers better, and by no others: once more candidates would have to be looked
+  at than that is worth, the bounds of all are lowered by what those rows take from them.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from queryselect_service.strategy import Sizes
 
 #: Candidates whose gains are computed at once: at first in a step, doubled as more are needed, and at the most.
 FEW, MANY = 16, 256
+#: All bounds are lowered once so many times the candidates looked at are more than the rows covered better since.
+EAGER = 8
 #: Multiply-adds over all rows after which slices meet, so that a caller who leaves is heard.
 MEETING = 1 << 33
 #: Multiply-adds of a matrix product that take as long as touching a byte, and bytes that one by differences takes.
@@ -44,7 +48,7 @@ def memory(sizes: Sizes, spec: Herding) -> int:
     points = sizes.N * (copy_bytes(sizes.D, sizes.item, normalize=spec.normalize) + 2 * wide)
     few = 2 * 8 * sizes.D * min(sizes.N, at_once(sizes.N, sizes.D))  # candidates that are looked at, taken from blocks
     spans = min(SPAN_BYTES, 3 * 8 * sizes.N * (sizes.D + MANY))
-    return sizes.N * (8 * sizes.D + 80) + 16 * sizes.L * sizes.D + spans + max(points, few)
+    return sizes.N * (8 * sizes.D + 112) + 16 * sizes.L * sizes.D + spans + max(points, few)
 
 
 def at_once(rows: int, dims: int) -> int:
@@ -126,20 +130,33 @@ class Coverage:
         found: Tensor = self.pool.sum(total)
         return torch.where(found > self.error, found, 0.0)
 
-    def _kernel(self, span: slice, centres: Tensor) -> Tensor:
-        """k(x, c) = exp(-|x - c|² / h²), (s, c)."""
-        rows = self.rows[span]
+    def losses(self, candidates: Tensor, before: Tensor) -> Tensor:
+        """How far gains of candidates (c, D), the same in all slices, have fallen since m was `before` (n,): (c,)."""
+        total = candidates.new_zeros(len(candidates))
+        better = (self.covered > before).nonzero().squeeze(1)
+        for span in self._spans(len(candidates), len(better)):
+            rows = better[span]
+            low, high = before[rows, None], self.covered[rows, None]
+            total += self._mass[rows] @ self._kernel(rows, candidates).clamp_(low, high).sub_(low)
+        found: Tensor = self.pool.sum(total)
+        return found
+
+    def _kernel(self, some: slice | Tensor, centres: Tensor) -> Tensor:
+        """k(x, c) = exp(-|x - c|² / h²), (s, c), of some rows."""
+        rows = self.rows[some]
         if self._fast:
-            squared: Tensor = self._norms[span, None] + torch.linalg.vector_norm(centres, dim=1).square_()
+            squared: Tensor = self._norms[some, None] + torch.linalg.vector_norm(centres, dim=1).square_()
             squared.addmm_(rows, centres.T, alpha=-2).div_(self._width**2)
             return squared.clamp_(0, FARTHEST).neg_().exp_()
         distances = torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist").div_(self._width)
         return distances.clamp_max_(FARTHEST_ROOT).square_().neg_().exp_()
 
-    def _spans(self, centres: int) -> Iterator[slice]:
+    def _spans(self, centres: int, rows: int | None = None) -> Iterator[slice]:
+        """Spans of so many rows, of all by default."""
         dims = self.rows.shape[1]
         products = dims * centres // FAST_PRODUCTS + 8 * (dims + 4 * centres)
-        return self.pool.spans(len(self.rows), products if self._fast else _by_differences(dims, centres))
+        rows = len(self.rows) if rows is None else rows
+        return self.pool.spans(rows, products if self._fast else _by_differences(dims, centres))
 
 
 def _by_differences(dims: int, centres: int) -> int:
@@ -172,13 +189,11 @@ class _LazyGreedy:
         self._seen = torch.zeros(n, dtype=torch.int32, device=device)  # after how many picks a gain was computed
         self._made = 0
         self._numbers = torch.arange(self._pool.offset, self._pool.offset + n, device=device)
-        begin = 0  # the global number of the block's first row
-        for rows, allowed in self._pool.blocks(coverage.rows, choice.allowed):
-            at = allowed.nonzero().squeeze(1)
-            for start in range(0, len(at), coverage.many):
-                some = at[start : start + coverage.many]
-                self._look(begin + some, rows[some])
-            begin += len(rows)
+        for numbers, rows in self._candidates():
+            self._look(numbers, rows)
+        # When bounds were lowered last: m and the gains (n,), and how wrong these are; candidates looked at since.
+        self._before, self._gains = coverage.covered.clone(), self.bounds.clone()
+        self._error, self._looks = coverage.error, 0
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Global rows (k,) and their gains (k,) when picked; fewer where the limits end the selection."""
@@ -202,15 +217,40 @@ class _LazyGreedy:
                 coverage.cover(pick[None])
         return torch.cat(rows), torch.cat(gains)
 
+    def _candidates(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Global rows (c,) that may be chosen, rows (c, D) of all slices, a few at a time."""
+        begin = 0  # the global number of the block's first row
+        for rows, allowed in self._pool.blocks(self._coverage.rows, self._choice.allowed):
+            at = allowed.nonzero().squeeze(1)
+            for start in range(0, len(at), self._coverage.many):
+                some = at[start : start + self._coverage.many]
+                yield begin + some, rows[some]
+            begin += len(rows)
+
+    def _here(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of global rows (c,) are rows here, (c,) bool, and which rows here those are."""
+        at = numbers - self._pool.offset
+        here = (at >= 0) & (at < len(self.bounds))
+        return here, at[here]
+
     def _look(self, numbers: Tensor, rows: Tensor) -> None:
         """Computes the gains of global rows (c,), rows (c, D) of all slices."""
         gains = self._coverage.gains(rows)
-        at = numbers - self._pool.offset
-        here = (at >= 0) & (at < len(self.bounds))
-        at, gains = at[here], gains[here]
+        here, at = self._here(numbers)
+        gains = gains[here]
         self.bounds[at] = gains
         # Nothing to gain is nothing to gain later.
         self._seen[at] = torch.where(gains > 0, self._made, self._choice.steps).to(torch.int32)
+
+    def _lower(self) -> None:
+        """Takes from all bounds what rows that are covered better by now have taken from gains."""
+        for numbers, rows in self._candidates():
+            lost = self._coverage.losses(rows, self._before)
+            here, at = self._here(numbers)
+            self._gains[at] -= lost[here]
+        self._error += 2 * self._coverage.error
+        self.bounds = torch.where(self._seen < self._made, (self._gains + self._error).clamp_min_(0), self.bounds)
+        self._before, self._looks = self._coverage.covered.clone(), 0
 
     def _best(self) -> tuple[Tensor, Tensor, Tensor]:
         """The lowest of the free rows whose gains are as good as the best: global row, gain, (D,); gain -inf: none."""
@@ -230,5 +270,9 @@ class _LazyGreedy:
                 found = pool.top(-self._numbers.double(), count, before, self._coverage.rows)
                 if not len(found[0]):
                     return row, gain + some, pick
+            elif EAGER * self._looks > int(pool.sum((self._coverage.covered > self._before).count_nonzero())) > 0:
+                self._lower()
+                continue
             self._look(found[0], found[2])
+            self._looks += len(found[0])
             many *= 2
