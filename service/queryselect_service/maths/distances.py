@@ -89,7 +89,7 @@ class Points:
         """Rows (m, D) as given -> the same, less m, in float64."""
         return self.exact(rows).sub_(self.shift)
 
-    def nearly(self, rows: slice) -> Tensor:
+    def nearly(self, rows: slice | Tensor) -> Tensor:
         """The same of rows here in memory of their own, (m, D) float64, but for rounding where that is quicker."""
         return self.work[rows].to(torch.float64, copy=True) if self._copied else self.moved(self.embeddings[rows])
 

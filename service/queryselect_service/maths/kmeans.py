@@ -26,8 +26,10 @@ from queryselect_service.shards import SPAN_BYTES
 
 #: The step of the noise of the first draw, far from those of others with the same seed.
 NOISE = 1 << 32
-#: Lloyd's iterations at the most.
-ITERATIONS = 100
+#: Lloyd's iterations at the most, and the part of the sum of squares that another has to take off, or it is the last.
+ITERATIONS, SETTLED = 100, 1e-5
+#: Sums are made anew where more than one row in so many has changed its cluster.
+FEW = 4
 #: The relative difference up to which two sums of squares are the same, fast as they are.
 SAME = 1e-6
 #: The relative difference up to which distances to a centre are ties, and that of masses, of the largest.
@@ -58,33 +60,38 @@ class Clusters:
 
 
 def k_means(points: Points, k: int, seed: int, weights: Tensor | None = None) -> Clusters:
-    """At most k clusters whose rows are near their mean: sum_i w_i |x_i - c(i)|^2 is at a local minimum.
+    """At most k clusters whose rows are near their mean: sum_i w_i |x_i - c(i)|^2 is at a local minimum, or near it.
 
     weights: (n,), at least 0, some of all slices above; 1 each by default. Rows without weight have a cluster and move
     none. Lloyd, Least squares quantization in PCM (1982); Arthur and Vassilvitskii, k-means++ (SODA 2007).
     """
-    pool, device = points.pool, points.embeddings.device
+    pool, device, alike = points.pool, points.embeddings.device, weights is None
     if weights is not None:
         weights = weights.double()
         weights = weights / pool.best(weights)[1]  # so that no sum overflows
     else:
         weights = torch.ones(len(points.embeddings), dtype=torch.float64, device=device)
     centres = points.moved(start(points, k, seed, weights))
-    labels, last = torch.full_like(weights, -1, dtype=torch.int64), math.inf
+    labels, last, sums = torch.full_like(weights, -1, dtype=torch.int64), math.inf, None
     for _ in range(ITERATIONS):
         new, squared = nearest_centres(points, centres)
         inertia = float(pool.sum((weights * squared).sum()))
         changed = int(pool.sum((new != labels).count_nonzero()))
         if not changed or not inertia < last:  # rounding may move rows to and fro between centres as near
             break
-        labels, last = new, inertia
-        sums = _Sums(points, weights, labels, len(centres))
-        centres = sums.means(centres)
+        if sums and alike and FEW * changed < pool.size:
+            sums.move(labels, new)
+        else:
+            sums = _Sums(points, weights, new, len(centres))
+        settled = inertia > (1 - SETTLED) * last
+        labels, last, centres = new, inertia, sums.means(centres)
         empty = (sums.counts == 0).nonzero().squeeze(1)
         if len(empty):
             far = (squared > points.error_bound(squared)) & (weights > 0)
             _, _, rows = pool.top(weights * squared, len(empty), far, points.embeddings)
             centres[empty[: len(rows)]] = points.moved(rows)
+        elif settled:
+            break
     kept = _Sums(points, weights, labels, len(centres)).counts > 0
     if not kept.all():
         centres = centres[kept]
@@ -169,33 +176,57 @@ def _direct(rows: Tensor, centres: Tensor) -> Tensor:
 
 
 class _Sums:
-    """The weighted sums of the rows of every cluster, anew: what is taken from a sum again leaves its rounding behind.
-
-    counts, masses: (c,), how many rows of all slices have a weight, and what they weigh.
-    """
+    """The weighted sums of the rows of every cluster."""
 
     def __init__(
         self, points: Points, weights: Tensor, labels: Tensor, clusters: int, origins: Tensor | None = None
     ) -> None:
         """labels: (n,), the cluster of every row here. origins: (c, D), where to measure a cluster's rows from."""
-        dims = points.embeddings.shape[1]
+        self._points, self._weights, dims = points, weights, points.embeddings.shape[1]
         total = weights.new_zeros(clusters, dims + 2)
         for span in points.pool.spans(len(labels), EXACT_BYTES * dims):
-            some = weights[span, None]
             rows = points.nearly(span) if origins is None else points.moved(points.embeddings[span])
             if origins is not None:
                 rows -= origins[labels[span]]
-            rows = torch.cat([rows.mul_(some), some, (some > 0).double()], dim=1)
-            if rows.device.type == "cpu":
-                total.index_add_(0, labels[span], rows)
-            else:  # there index_add_ adds in any order, and this one sorts first
-                total.index_put_((labels[span],), rows, accumulate=True)
-        total = points.pool.sum(total)
-        self._sums, self.masses, self.counts = total[:, :dims], total[:, dims], total[:, dims + 1]
+            self._add(total, span, rows, labels[span])
+        self._total = points.pool.sum(total)
+
+    @property
+    def counts(self) -> Tensor:
+        """How many rows (c,) of all slices have a weight."""
+        return self._total[:, -1]
+
+    @property
+    def masses(self) -> Tensor:
+        """What those rows weigh, (c,)."""
+        return self._total[:, -2]
+
+    def move(self, old: Tensor, new: Tensor) -> None:
+        """Rows here are in clusters `new` (n,) and no longer `old` (n,). What is taken away leaves its rounding behind.
+
+        Nothing to speak of where all weights are alike.
+        """
+        total, dims = torch.zeros_like(self._total), self._points.embeddings.shape[1]
+        changed = (new != old).nonzero().squeeze(1)
+        for span in self._points.pool.spans(len(changed), EXACT_BYTES * dims):
+            some = changed[span]
+            rows = self._points.nearly(some)
+            self._add(total, some, rows, new[some])
+            self._add(total, some, rows, old[some], -1)
+        self._total += self._points.pool.sum(total)
 
     def means(self, otherwise: Tensor) -> Tensor:
         """The means (c, D); for clusters without rows those of `otherwise`."""
-        return torch.where(self.counts[:, None] > 0, self._sums / self.masses[:, None], otherwise)
+        return torch.where(self.counts[:, None] > 0, self._total[:, :-2] / self.masses[:, None], otherwise)
+
+    def _add(self, total: Tensor, some: slice | Tensor, rows: Tensor, labels: Tensor, sign: int = 1) -> None:
+        """Adds `rows` (m, D), those numbers `some`, to the totals (c, D + 2) of their clusters (m,)."""
+        weights = self._weights[some, None]
+        parts = torch.cat([rows * weights, weights, (weights > 0).double()], dim=1).mul_(sign)
+        if rows.device.type == "cpu":
+            total.index_add_(0, labels, parts)
+        else:  # there index_add_ adds in any order, and this one sorts first
+            total.index_put_((labels,), parts, accumulate=True)
 
 
 def representatives(
@@ -220,8 +251,7 @@ def representatives(
         near = leaders.scores(number)
         _, best = choice.best(near)
         if float(best) < -float(leaders.sure[number]):  # the nearest are taken, or not free
-            near = _distances_to(points, centre).neg_()
-            near = near if among is None else torch.where(among, near, -math.inf)
+            near = _Leaders(points, centre[None], allowed & choice.free).scores(0)
             _, best = choice.best(near)
         if float(best) == -math.inf:
             break
@@ -278,11 +308,3 @@ class _Leaders:
         """Minus the distance (n,) of the leaders to a centre; -inf for other rows."""
         some = slice(*self._edges[number : number + 2])
         return self._none.index_copy(0, self._rows[some], -self._distances[some])
-
-
-def _distances_to(points: Points, centre: Tensor) -> Tensor:
-    """The distance (n,) of every row to one centre (D,), by differences in float64, times `scale`."""
-    found = torch.empty(len(points.embeddings), dtype=torch.float64, device=centre.device)
-    for span in points.pool.spans(len(found), EXACT_BYTES * len(centre)):
-        found[span] = torch.linalg.vector_norm(points.moved(points.embeddings[span]).sub_(centre), dim=1)
-    return found
