@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
 
 from benchmarks import pools
-from benchmarks.case import Benchmark, Case, Peer, Problem, Scaling
-from benchmarks.kernels.max_herding import greedy
+from benchmarks.case import Benchmark, Case, Part, Peer, Problem, Scaling
+from benchmarks.kernels.max_herding import NUMPY, greedy, part, steps
 from queryselect_service.strategy import Sizes
 
 
-def by_definition(problem: Problem) -> Tensor:
+def by_definition(problem: Problem) -> Part:
     """The greedy of max_herding, a row's mass 1 less its margin, 0 where it is labelled."""
-    p = np.sort(problem.array("probabilities").astype(np.float64), axis=1)
+    some = part(problem)
+    p = np.sort(some.array("probabilities").astype(np.float64), axis=1)
     mass = 1 - (p[:, -1] - p[:, -2]) / p.sum(1)
-    mass[problem.context.cpu().numpy()] = 0
-    return greedy(problem, mass)
+    mass[some.context.cpu().numpy()] = 0
+    return steps(lambda k: greedy(some, k, mass), problem, some)
 
 
 BENCHMARKS = (
     Benchmark(
         strategy="uncertainty_herding",
         make=pools.classified,
-        peers=(Peer("numpy", by_definition, "the definition", exact=True),),
+        peers=(Peer(NUMPY, by_definition, "the definition", exact=True, rounds=1),),
         floor=lambda sizes: {"gemm f64": 2 * sizes.N * sizes.N * sizes.D},
         quick=Case(Sizes(N=300, D=16, C=4, L=5, k=10)),
-        cpu=(Case(Sizes(N=10_000, D=384, C=10, L=100, k=20), ratios={"numpy": 3}, ceiling=4),),
+        cpu=(
+            Case(Sizes(N=10_000, D=384, C=10, L=100, k=100), ratios={NUMPY: 10}, peak=4),
+            Case(Sizes(N=50_000, D=384, C=10, L=100, k=100), ratios={NUMPY: 10}, peak=4, rounds=1),
+        ),
         cuda=(Case(Sizes(N=50_000, D=384, C=10, L=100, k=100)),),
         scaling=Scaling(
             Sizes(N=2_000, D=64, C=10, L=20, k=20),
