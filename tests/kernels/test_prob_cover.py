@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from queryselect import Client, InvalidInput, ProbCover
+from queryselect_service.kernels import prob_cover
 from queryselect_service.maths.distances import Points
 from queryselect_service.maths.neighbourhoods import pure_radius
 from queryselect_service.shards import Whole
@@ -68,6 +69,14 @@ class TestProbCover(ProbCoverCase):
         return cover(unit(inputs["embeddings"]), k, context, candidates, 0.9, inputs["weights"])
 
 
+class TestProbCoverOfManyDimensions(TestProbCover):
+    """There the lists of all neighbours take less memory than the rows, and are kept."""
+
+    def make(self, rng):
+        inputs = super().make(rng)
+        return {**inputs, "embeddings": np.pad(inputs["embeddings"], [(0, 0), (0, 96)])}
+
+
 class TestProbCoverByPurity(ProbCoverCase):
     """Clusters that k-means finds whatever the seed; two rows on their edges are near each other."""
 
@@ -82,6 +91,21 @@ class TestProbCoverByPurity(ProbCoverCase):
     def oracle(self, inputs, k, context, candidates):
         x, labels = inputs["embeddings"], np.arange(ROWS) % 3
         return cover(x, k, context, candidates, radius_of_purity(x, labels, 1.0), inputs["weights"])
+
+
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_neighbours_that_are_kept_are_those_that_are_found_again(local: Client, monkeypatch, kept):
+    """Ten clusters of rows, so that most rows are covered soon, by picks that were covered before as well."""
+    monkeypatch.setattr(prob_cover, "GRAPH", kept)
+    rng = np.random.default_rng(0)
+    x = 4 * rng.normal(size=(10, 12))[rng.integers(0, 10, 700)] + rng.normal(size=(700, 12))
+    context = np.arange(0, 700, 90)
+    picks, scores, first = cover(x, 60, context, np.arange(700) % 90 > 0, 4.2)
+    params = {"delta": 4.2, "normalize": False}
+    got = local.select("prob_cover", 60, embeddings=x, labeled=context, params=params, return_pool_scores=True)
+    assert got.indices.tolist() == picks.tolist()
+    assert got.scores.tolist() == scores.tolist()
+    assert np.array_equal(got.pool_scores[1:90], first[1:90])
 
 
 @pytest.mark.parametrize("case", ["small", "large"])

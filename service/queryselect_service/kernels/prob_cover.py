@@ -14,7 +14,7 @@ from queryselect_service.errors import InvalidInput
 from queryselect_service.maths import kmeans
 from queryselect_service.maths.distances import Points, copy_bytes
 from queryselect_service.maths.farthest import FarthestFirst
-from queryselect_service.maths.neighbourhoods import Neighbourhoods, parts, pure_radius
+from queryselect_service.maths.neighbourhoods import EDGE_BYTES, Neighbourhoods, parts, pure_radius
 from queryselect_service.maths.predictions import Predictions
 from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Spec, parameter
@@ -22,6 +22,8 @@ from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, 
 
 #: Masses are whole numbers of a unit, so many bits at most together: then no order changes a sum of them.
 MASS_BITS = 52
+#: Neighbours are kept where that takes at most so many times the memory of the rows; else they are found again.
+GRAPH = 2
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,11 @@ class ProbCover(Spec):
 
 
 def _memory(sizes: Sizes, spec: ProbCover) -> int:
-    """A moved copy of the rows where Points makes one, those not yet covered, numbers per row, picks, spans."""
+    """A moved copy of the rows where Points makes one, neighbours or rows newly covered, numbers per row, picks."""
     wide = max(4, sizes.item)
     copy = copy_bytes(sizes.D, sizes.item, normalize=spec.normalize)
-    cover = sizes.N * (copy + sizes.D * sizes.item + 72 + 3 * wide) + 2 * (sizes.L + 2 * sizes.k) * sizes.D * sizes.item
+    edges = max(sizes.D * sizes.item, EDGE_BYTES * _edges(sizes.N, sizes.D, sizes.item) // max(1, sizes.N))
+    cover = sizes.N * (copy + edges + 104 + 3 * wide) + 2 * (sizes.L + 2 * sizes.k) * sizes.D * sizes.item
     spans = min(2 * SPAN_BYTES, 8 * sizes.N * (4 * sizes.D + 512))
     if spec.delta is not None:
         return cover + spans
@@ -136,7 +139,7 @@ def prob_cover(
             break
         if score > 0:
             choice.take(row)
-            cover.take(pick)
+            cover.take(row, pick)
             rows, found = row[None], score[None] * unit
         else:
             if farthest is None:
@@ -171,19 +174,34 @@ class _Cover:
         self._covered = torch.zeros_like(mass, dtype=torch.bool)
         for (block,) in parts(points.pool, points.embeddings[context]):
             self._covered |= balls.around(block)
-        self.degree = torch.zeros_like(mass)
-        self._count((~self._covered).nonzero().squeeze(1), 1)
+        most = _edges(points.pool.size, points.embeddings.shape[1], points.embeddings.element_size())
+        self.degree, self._graph = balls.graph(torch.where(self._covered, 0.0, mass), most)
 
-    def take(self, pick: Tensor) -> None:
-        """Covers the ball of a row (D,). A row is covered once: all picks are no more work than the first degrees."""
-        new = self._balls.around(pick[None]) & ~self._covered
-        self._covered |= new
-        self._count(new.nonzero().squeeze(1), -1)
+    def take(self, row: Tensor, pick: Tensor) -> None:
+        """Covers the ball of a global row (), that is (D,)."""
+        ball = self._balls.around(pick[None]) if self._graph is None else torch.zeros_like(self._covered)
+        if self._graph is not None:
+            ball[self._graph.around(row[None])[0]] = True
+        new = (ball & ~self._covered).nonzero().squeeze(1)
+        self._covered[new] = True
+        self._forget(new)
 
-    def _count(self, rows: Tensor, sign: int) -> None:
-        """Adds rows (r,) of this slice, and those of all others, to degrees, or takes them away."""
-        for centres, theirs in parts(self._points.pool, self._points.embeddings[rows], self._mass[rows]):
-            self.degree.add_(self._balls.masses(centres, theirs), alpha=sign)
+    def _forget(self, rows: Tensor) -> None:
+        """Takes rows (r,) of this slice, and those of all others, from degrees. A row is taken once."""
+        pool, mass = self._points.pool, -self._mass[rows]
+        if self._graph is None:
+            for centres, theirs in parts(pool, self._points.embeddings[rows], mass):
+                self._balls.add(self.degree, centres, theirs)
+            return
+        for numbers, theirs in pool.blocks(pool.offset + rows, mass):
+            for span in pool.spans(len(numbers), EDGE_BYTES * 64):
+                near, at = self._graph.around(numbers[span])
+                self.degree.index_add_(0, near, theirs[span][at])
+
+
+def _edges(rows: int, dims: int, item: int) -> int:
+    """The edges that are kept, at the most."""
+    return GRAPH * rows * dims * item // EDGE_BYTES
 
 
 def _classes(spec: ProbCover, labels: Tensor | None, probabilities: Predictions | None) -> int:

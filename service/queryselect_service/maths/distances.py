@@ -18,6 +18,8 @@ from queryselect_service.shards import Shards
 
 #: Centres that one matrix product takes at once, and how many entries they may have.
 CENTRES, CENTRE_ENTRIES = 256, 1 << 20
+#: Multiply-adds over all rows after which slices meet, so that a caller who leaves is heard.
+MEETING = 1 << 32
 #: Columns that one matrix product takes at once: the error of a sum grows with its terms.
 TERMS = 2048
 #: Bytes per entry that work on float64 rows touches: they are made, scaled, shifted and read, in memory of their own.
@@ -137,16 +139,17 @@ class Points:
             for span, table in self.tables(self.moved(batch)):
                 torch.minimum(nearest[span], table.amin(1), out=nearest[span])
 
-    def tables(self, centres: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Span by span the fast squared distances (s, c) of rows to all `centres` (c, D), at least 0.
+    def tables(self, centres: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Span by span the fast squared distances (s, c) of rows, from the `first` on, to all `centres` (c, D).
 
-        centres: float64, what `moved` makes of rows, or means of such.
+        They are at least 0. centres: float64, what `moved` makes of rows, or means of such.
         """
         some, (count, dims) = centres.to(self.work.dtype), centres.shape
         their = (centres.square().sum(1) + 2 * (some.double() @ self.origin)).to(self.work.dtype)  # (c,)
         touched = dims * (MOVE_COST if self.move else 1) + count * (4 + dims // PRODUCTS)
         room = self.work[:0]
-        for span in self.pool.spans(len(self.work), self.work.element_size() * touched):
+        for part in self.pool.spans(len(self.work) - first, self.work.element_size() * touched):
+            span = slice(first + part.start, first + part.stop)
             if self.move and span.stop - span.start > len(room):
                 room = torch.empty_like(self.work[span])
             yield span, self._table(span, some, their, room).clamp_min_(0)
@@ -200,6 +203,11 @@ def copy_bytes(dims: int, item: int, *, normalize: bool) -> int:
     """The bytes per row of the copy that Points makes: none where it reads rows as given. item: bytes of an entry."""
     wide = max(4, item)
     return dims * wide if normalize or item < wide else 0
+
+
+def at_once(rows: int, dims: int) -> int:
+    """How many centres all N rows are compared with between two meetings of slices, at the most."""
+    return max(1, min(CENTRES, MEETING // max(1, rows * dims)))
 
 
 def _batches(*centres: Tensor) -> Iterator[Tensor]:

@@ -20,18 +20,16 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.maths.distances import Points, copy_bytes
+from queryselect_service.maths.distances import CENTRES, Points, at_once, copy_bytes
 from queryselect_service.selection import Selection
 from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Herding
 from queryselect_service.strategy import Sizes
 
-#: Candidates whose gains are computed at once: at first in a step, doubled as more are needed, and at the most.
-FEW, MANY = 16, 256
+#: Candidates whose gains are computed at once at first in a step, doubled as more are needed.
+FEW = 16
 #: All bounds are lowered once so many times the candidates looked at are more than the rows covered better since.
 EAGER = 8
-#: Multiply-adds over all rows after which slices meet, so that a caller who leaves is heard.
-MEETING = 1 << 33
 #: Multiply-adds of a matrix product that take as long as touching a byte, and bytes that one by differences takes.
 FAST_PRODUCTS, SLOW_BYTES = 4, 4
 #: How wrong exponents of the kernel may be where distances are computed by their expansion; else by differences.
@@ -47,13 +45,8 @@ def memory(sizes: Sizes, spec: Herding) -> int:
     wide = max(4, sizes.item)
     points = sizes.N * (copy_bytes(sizes.D, sizes.item, normalize=spec.normalize) + 2 * wide)
     few = 2 * 8 * sizes.D * min(sizes.N, at_once(sizes.N, sizes.D))  # candidates that are looked at, taken from blocks
-    spans = min(SPAN_BYTES, 3 * 8 * sizes.N * (sizes.D + MANY))
+    spans = min(SPAN_BYTES, 3 * 8 * sizes.N * (sizes.D + CENTRES))
     return sizes.N * (8 * sizes.D + 112) + 16 * sizes.L * sizes.D + spans + max(points, few)
-
-
-def at_once(rows: int, dims: int) -> int:
-    """Candidates that are looked at together, at the most."""
-    return max(1, min(MANY, MEETING // max(1, rows * dims)))
 
 
 def work(sizes: Sizes) -> float:
@@ -167,8 +160,8 @@ def _by_differences(dims: int, centres: int) -> int:
 def least_distance(rows: Tensor, pool: Shards) -> float | None:
     """The least distance above 0 between two of the rows (m, D), the same in all slices; None where there is none."""
     least = rows.new_full((), torch.inf)
-    for start in range(0, len(rows), MANY):
-        some = rows[start : start + MANY]
+    for start in range(0, len(rows), CENTRES):
+        some = rows[start : start + CENTRES]
         for span in pool.spans(start + len(some), _by_differences(rows.shape[1], len(some))):
             found = torch.cdist(rows[span], some, compute_mode="donot_use_mm_for_euclid_dist")
             least = torch.minimum(least, torch.where(found > 0, found, torch.inf).amin())

@@ -12,13 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from queryselect_service.maths.distances import EXACT_BYTES, Points
+from queryselect_service.maths.distances import EXACT_BYTES, Points, at_once
 from queryselect_service.shards import Shards
 
-#: Centres that rows are compared with at once, at the most.
-MANY = 256
-#: Multiply-adds over all rows after which slices meet, so that a caller who leaves is heard.
-MEETING = 1 << 33
+#: Bytes that a graph takes per edge while it is made.
+EDGE_BYTES = 40
 
 
 def parts(pool: Shards, *x: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -26,7 +24,7 @@ def parts(pool: Shards, *x: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
     x: (m, D) rows first, and what else there is of them.
     """
-    many = max(1, min(MANY, MEETING // (pool.size * x[0].shape[1])))
+    many = at_once(pool.size, x[0].shape[1])
     for block in pool.blocks(*x):
         for start in range(0, len(block[0]), many):
             pool.sum(torch.zeros(1, device=x[0].device))
@@ -46,28 +44,103 @@ class Neighbourhoods:
         # Twice, since the bound counts from the fast distance, and this from the bar.
         self._error = 2 * points.error_bound(none + self._bar)  # (n,)
 
-    def masses(self, centres: Tensor, mass: Tensor) -> Tensor:
-        """The mass (n,) that every row here has within its radius, of rows (c, D) with masses (c,), float64."""
-        found = torch.zeros(len(self._error), dtype=torch.float64, device=centres.device)
-        for span, edges in self._edges(centres):
-            found[span] = edges.double() @ mass
-        return found
-
     def around(self, centres: Tensor) -> Tensor:
         """Which rows here (n,) are within the radius of one of some rows (c, D)."""
         found = torch.zeros(len(self._error), dtype=torch.bool, device=centres.device)
-        for span, edges in self._edges(centres):
-            found[span] = edges.any(1)
+        for rows, _ in self._edges(centres):
+            found[rows] = True
         return found
 
-    def _edges(self, centres: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Span by span which rows are within the radius of which of some rows as given (c, D): (s, c) bool."""
-        for span, table in self._points.tables(self._points.moved(centres)):
-            edges = table < self._bar
-            unsure = table.sub_(self._bar).abs_() <= self._error[span, None]
-            rows, at = unsure.nonzero(as_tuple=True)
-            edges[rows, at] = apart(self._points, span.start + rows, centres, at) < self._radius
-            yield span, edges
+    def add(self, total: Tensor, centres: Tensor, mass: Tensor) -> None:
+        """Adds to `total` (n,) what every row here has within its radius, of rows (c, D) with masses (c,), float64."""
+        for rows, at in self._edges(centres):
+            total.index_add_(0, rows, mass[at])
+
+    def graph(self, mass: Tensor, most: int) -> tuple[Tensor, Graph | None]:
+        """The mass (n,) that every row here has within its radius, of all rows, and which rows those are.
+
+        mass: (n,) float64 of the rows here, whole numbers, so that no order changes a sum. most: the edges that are
+        kept, of all slices; without a graph where there are more.
+
+        A pair of rows of the same slice is looked at once.
+        """
+        pool, embeddings, n = self._points.pool, self._points.embeddings, len(mass)
+        degree, edges = torch.zeros_like(mass), _Edges(most, mass.device)
+        begin = 0  # the global number of the first centre
+        for centres, theirs in parts(pool, embeddings, mass):
+            mine = pool.offset <= begin < pool.offset + n
+            first = begin - pool.offset if mine else 0
+            last = first + len(centres) if mine else n  # rows from there on are no centres yet
+            for rows, at in self._edges(centres, first):
+                degree.index_add_(0, rows, theirs[at])
+                edges.add(begin + at, rows)
+                later = (rows >= last).nonzero().squeeze(1)
+                rows, at = rows[later], first + at[later]  # noqa: PLW2901  # the same pairs, the other way round
+                degree.index_add_(0, at, mass[rows])
+                edges.add(pool.offset + rows, at)
+            begin += len(centres)
+        return degree, edges.graph(pool)
+
+    def _edges(self, centres: Tensor, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Span by span pairs (p,), (p,) of rows here, from the `first` on, and rows as given (c, D) within the radius.
+
+        The latter by their place among the centres.
+        """
+        for span, table in self._points.tables(self._points.moved(centres), first):
+            error = self._error[span]
+            rows, at = (table < self._bar + error[:, None]).nonzero(as_tuple=True)
+            unsure = (table[rows, at] >= self._bar - error[rows]).nonzero().squeeze(1)
+            rows += span.start
+            if len(unsure):
+                inside = torch.ones_like(rows, dtype=torch.bool)
+                inside[unsure] = apart(self._points, rows[unsure], centres, at[unsure]) < self._radius
+                rows, at = rows[inside], at[inside]
+            yield rows, at
+
+
+class Graph:
+    """Of every row of all slices, N, the rows here that are within its radius."""
+
+    def __init__(self, tails: Tensor, heads: Tensor, size: int) -> None:
+        """tails: (e,) global rows, of `size` in all, and heads: (e,) rows here within their radius; int32."""
+        self._heads = heads[tails.argsort()]
+        counts = torch.bincount(tails, minlength=size)
+        self._ends, self._counts = counts.cumsum(0), counts
+
+    def around(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs (p,), (p,): rows here, and at which of the global rows (m,) they are neighbours."""
+        counts = self._counts[numbers]
+        at = torch.repeat_interleave(counts)
+        before = counts.cumsum(0)  # pairs up to the end of each
+        places = torch.arange(len(at), device=at.device) + (self._ends[numbers] - before)[at]
+        return self._heads[places].long(), at
+
+
+class _Edges:
+    """Edges as they come, until there are too many."""
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        self._most, self._count, self._device = most, 0, device
+        none = torch.empty(0, dtype=torch.int32, device=device)
+        self._tails, self._heads = [none], [none]
+
+    def add(self, tails: Tensor, heads: Tensor) -> None:
+        """Global rows (p,), and rows here (p,) within their radius."""
+        self._count += len(tails)
+        if self._count > self._most:
+            del self._tails[:], self._heads[:]
+        else:
+            self._tails.append(tails.int())
+            self._heads.append(heads.int())
+
+    def graph(self, pool: Shards) -> Graph | None:
+        """What they make, unless all slices have more than the most."""
+        told = torch.tensor(self._count, device=self._device)
+        if int(pool.sum(told)) > self._most:
+            return None
+        tails, heads = torch.cat(self._tails), torch.cat(self._heads)
+        self._tails, self._heads = [], []
+        return Graph(tails, heads, pool.size)
 
 
 def apart(points: Points, rows: Tensor, centres: Tensor, at: Tensor) -> Tensor:
