@@ -23,7 +23,7 @@ from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, 
 #: Masses are whole numbers of a unit, so many bits at most together: then no order changes a sum of them.
 MASS_BITS = 52
 #: Neighbours are kept where that takes at most so many times the memory of the rows; else they are found again.
-GRAPH = 2
+GRAPH = 1
 
 
 @dataclass(frozen=True)
