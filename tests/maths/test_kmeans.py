@@ -145,6 +145,31 @@ def test_the_largest_and_the_smallest_numbers_are_numbers(factor):
     assert len(found.centres) == (4 if factor else 1)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_start_among_some_rows_is_as_good(monkeypatch, weighted):
+    """Nine in ten rows have no weight, or next to none: the start still finds those that count."""
+    ours, theirs = [], []
+    for seed in range(12):
+        x = blobs(seed, rows=3000)
+        weights = np.where(np.arange(3000) % 10, 1e-9, 1.0) if weighted else None
+        found = []
+        for rows in (10, 10**9):
+            monkeypatch.setattr(kmeans, "START", rows)
+            _, clusters = clustered(x, 6, seed, weights)
+            found.append(inertia(x, clusters.labels.numpy(), weights)[0])
+        ours.append(found[0])
+        theirs.append(found[1])
+    assert np.median(ours) < 1.02 * np.median(theirs)
+
+
+def test_rows_that_are_rare_have_clusters_though_the_start_does_not_see_them():
+    x = np.zeros((5000, 3))
+    x[::1000] = np.arange(15).reshape(5, 3) + 1
+    _, found = clustered(x, 6)
+    assert len(found.centres) == 6
+    assert sorted(found.masses.tolist()) == [1, 1, 1, 1, 1, 4995]
+
+
 def _clusters(group, x, k):
     points = Points(x, Slices(len(x), group))
     found = k_means(points, k, 5)
@@ -153,10 +178,12 @@ def _clusters(group, x, k):
 
 @pytest.mark.parametrize("cuts", [[0, 7, 300], [0, 100, 100, 300]], ids=str)
 @pytest.mark.parametrize("different", [300, 12])
-def test_slices_make_the_clusters_of_the_whole(slices, cuts, different):
+@pytest.mark.parametrize("k", [15, 5])
+def test_slices_make_the_clusters_of_the_whole(slices, cuts, different, k):
+    """Of 300 rows: the start looks at all for the many clusters, and at some for the few."""
     x = torch.from_numpy(blobs(2)[np.arange(300) % different])
-    found = slices.run(_clusters, *((x[a:b].clone(), 15) for a, b in pairwise(cuts)))
-    whole = k_means(Points(x, Whole(300)), 15, 5)
+    found = slices.run(_clusters, *((x[a:b].clone(), k) for a, b in pairwise(cuts)))
+    whole = k_means(Points(x, Whole(300)), k, 5)
     assert [label for labels, _, _ in found for label in labels] == whole.labels.tolist()
     for _, centres, masses in found:
         np.testing.assert_allclose(centres, whole.centres, atol=1e-12)

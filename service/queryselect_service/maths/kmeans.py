@@ -22,12 +22,14 @@ from queryselect_service.choice import Choice
 from queryselect_service.maths.distances import EXACT_BYTES, PRODUCTS, Points, copy_bytes
 from queryselect_service.maths.noise import uniform
 from queryselect_service.selection import Notice, NoticeCode
-from queryselect_service.shards import SPAN_BYTES
+from queryselect_service.shards import SPAN_BYTES, Shards, Whole
 
 #: The step of the noise of the first draw, far from those of others with the same seed.
 NOISE = 1 << 32
 #: Lloyd's iterations at the most, and the part of the sum of squares that another has to take off, or it is the last.
 ITERATIONS, SETTLED = 100, 1e-5
+#: Rows per cluster among which the start looks for centres, where there are more: it ends up as near, on fewer rows.
+START = 32
 #: Sums are made anew where more than one row in so many has changed its cluster.
 FEW = 4
 #: The relative difference up to which two sums of squares are the same, fast as they are.
@@ -71,7 +73,7 @@ def k_means(points: Points, k: int, seed: int, weights: Tensor | None = None) ->
         weights = weights / pool.best(weights)[1]  # so that no sum overflows
     else:
         weights = torch.ones(len(points.embeddings), dtype=torch.float64, device=device)
-    centres = points.moved(start(points, k, seed, weights))
+    centres = points.moved(_sampled_start(points, k, seed, weights))
     labels, last, sums = torch.full_like(weights, -1, dtype=torch.int64), math.inf, None
     for _ in range(ITERATIONS):
         new, squared = nearest_centres(points, centres)
@@ -107,9 +109,11 @@ def memory(rows: int, dims: int, item: int, clusters: int, *, normalize: bool) -
     """
     wide = max(4, item)
     copy = copy_bytes(dims, item, normalize=normalize)
+    some = START * clusters if START * clusters < rows else 0  # that the start looks at
     tables = 4 * SPAN_BYTES * clusters // (dims + clusters * (4 + dims // PRODUCTS))  # with their errors; see Points
     spans = min(max(SPAN_BYTES // 2, tables), 8 * rows * (4 * dims + 2 * clusters))
-    return rows * (copy + 72 + 2 * wide * (2 + int(math.log(clusters)))) + 6 * 8 * clusters * dims + spans
+    trials = 2 * wide * (2 + int(math.log(clusters))) * (some or rows)
+    return rows * (copy + 72) + some * (dims * item + copy + 72) + trials + 6 * 8 * clusters * dims + spans
 
 
 def nearest_centres(points: Points, centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,13 +137,13 @@ def start(points: Points, k: int, seed: int, weights: Tensor) -> Tensor:
     draw is a race: the least of -ln u / (w D^2) come first.
     """
     pool, embeddings = points.pool, points.embeddings
-    _, _, first = pool.best(_races(points, seed, 0, weights), embeddings)
+    _, _, first = pool.best(_races(pool, seed, 0, weights), embeddings)
     centres, trials = first[None], 2 + int(math.log(k))
     nearest = torch.full_like(weights, math.inf, dtype=points.work.dtype)  # squared, fast; zeros are exact
     points.update_nearest(nearest, centres)
     while len(centres) < k:
         rate = weights * nearest
-        rows, _, theirs = pool.top(_races(points, seed, len(centres), rate), trials, rate > 0, embeddings)
+        rows, _, theirs = pool.top(_races(pool, seed, len(centres), rate), trials, rate > 0, embeddings)
         if not len(rows):
             break
         twins = rows[_direct(points.exact(theirs), points.exact(centres)) == 0]
@@ -160,11 +164,23 @@ def start(points: Points, k: int, seed: int, weights: Tensor) -> Tensor:
     return centres
 
 
-def _races(points: Points, seed: int, step: int, rate: Tensor) -> Tensor:
+def _sampled_start(points: Points, k: int, seed: int, weights: Tensor) -> Tensor:
+    """The same among some rows alone, drawn by their weight; all where those are few, or too few are different."""
+    pool, embeddings, count = points.pool, points.embeddings, START * k
+    if pool.size > count:
+        _, _, rows = pool.top(_races(pool, seed, k, weights), count, weights > 0, embeddings)
+        some = Points(rows, Whole(len(rows), pool.check), normalize=points.normalize)
+        centres = start(some, k, seed, weights.new_ones(len(rows)))
+        if len(centres) == k:
+            return centres
+    return start(points, k, seed, weights)
+
+
+def _races(pool: Shards, seed: int, step: int, rate: Tensor) -> Tensor:
     """Minus the time (n,) that every row takes, exponential with that rate (n,): the highest has won. -inf for none."""
-    offset = points.pool.offset
+    offset = pool.offset
     keys = torch.empty_like(rate)
-    for span in points.pool.spans(len(rate), DRAW_BYTES):
+    for span in pool.spans(len(rate), DRAW_BYTES):
         rows = torch.arange(offset + span.start, offset + span.stop, device=rate.device)
         keys[span] = uniform(seed, rows, NOISE + step).log_().div_(rate[span])
     return keys
