@@ -21,7 +21,7 @@ from torch import Tensor
 
 from queryselect_service.choice import Choice
 from queryselect_service.maths.distances import CENTRES, Points, at_once, copy_bytes
-from queryselect_service.selection import Selection
+from queryselect_service.selection import Notice, NoticeCode, Selection
 from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Herding
 from queryselect_service.strategy import Sizes
@@ -68,6 +68,10 @@ def herd(
     greedy = _LazyGreedy(coverage, choice)
     first = greedy.bounds.clone()
     indices, scores = greedy.run()
+    idle = indices[scores <= 0]
+    if len(idle):
+        message = f"{len(idle)} picks add nothing: every row that counts is covered as well as it can be"
+        notices = (*notices, Notice(NoticeCode.COVERED, message, idle))
     return Selection(indices, scores, lambda: first, notices)
 
 
