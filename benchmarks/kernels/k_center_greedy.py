@@ -43,7 +43,8 @@ BENCHMARKS = (
         },
         quick=Case(Sizes(N=500, D=16, L=5, k=10)),
         cpu=tuple(
-            Case(Sizes(N=200_000, D=384, L=100, k=k), ratios={"scikit-activeml": 20}, ceiling=1) for k in (100, 1000)
+            Case(Sizes(N=200_000, D=384, L=100, k=k), ratios={"scikit-activeml": 20}, ceiling=1, peak=4)
+            for k in (100, 1000)
         ),
         cuda=tuple(Case(Sizes(N=1_280_000, D=384, L=1000, k=k)) for k in (100, 1000)),
         scaling=Scaling(
