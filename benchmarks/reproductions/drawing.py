@@ -13,7 +13,7 @@ from demo import figures
 HEIGHT = 520
 COLOURS = (
     *("#767b83", "#2f2bd0", "#d17613", "#1a7958", "#a0359c", "#8a1f08", "#238dc2", "#8a48f5", "#666410", "#d0417e"),
-    *("#3c4a5e", "#9a8600", "#12a594", "#b06a4a"),
+    *("#3c4a5e", "#9a8600", "#12a594"),
 )
 STYLE = """<style>
 svg { background: #fff; font-family: system-ui, sans-serif; }

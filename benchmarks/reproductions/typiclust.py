@@ -27,29 +27,49 @@ from queryselect.simulate import Model, Offer, Strategy, curves
 NAME = "reproduction-typiclust"
 DROP_QUERY = "drop_query"
 
+#: A strategy by its name, with its parameters.
+Named = tuple[str, Mapping[str, Any]]
+RANDOM: Named = ("random", {})
+TYPICLUST: Named = ("typiclust", {})
+
 
 @dataclass(frozen=True)
 class Method(runs.Method):
-    """A way to choose. cold: whether it chooses its first batch itself; otherwise that is a uniform draw."""
+    """A way to choose.
 
-    cold: bool = False
+    first: what chooses its first batch, without labels and without a model. drawn: whether it is in the picture, which
+    has no room for all.
+    """
+
+    strategy: Named
+    first: Named = RANDOM
+    drawn: bool = True
+
+
+def cold(label: str, name: str, *, drawn: bool = True, **params: Any) -> Method:
+    """A strategy that chooses its first batch itself."""
+    return Method(label, (name, params), (name, params), drawn)
 
 
 METHODS: Mapping[str, Method] = {
-    "random": Method("random", "random"),
-    "typiclust": Method("TypiClust", "typiclust", cold=True),
-    "typiclust_to_margin": Method("TypiClust to margin", "typiclust_to_margin", cold=True),
-    "prob_cover": Method("ProbCover", "prob_cover", cold=True),
-    "max_herding": Method("MaxHerding", "max_herding", cold=True),
-    "uncertainty_herding": Method("uncertainty herding", "uncertainty_herding", cold=True),
-    "k_means": Method("k-means", "k_means", cold=True),
-    "k_center_greedy": Method("k-center (core-set)", "k_center_greedy", cold=True),
-    "discriminative": Method("discriminative", "discriminative"),
-    "margin": Method("margin", "margin"),
-    "entropy": Method("entropy", "entropy"),
-    "badge": Method("BADGE", "badge"),
-    "bait_binary": Method("BAIT-Binary", "bait_binary"),
-    DROP_QUERY: Method("DropQuery", DROP_QUERY),
+    "random": Method("random", RANDOM),
+    "typiclust": cold("TypiClust", "typiclust"),
+    "typiclust_uncapped": cold("TypiClust, no cap", "typiclust", drawn=False, max_clusters=100_000),
+    "typiclust_to_margin": cold("TypiClust to margin", "typiclust_to_margin", drawn=False),
+    "prob_cover": cold("ProbCover", "prob_cover"),
+    "max_herding": cold("MaxHerding", "max_herding"),
+    "uncertainty_herding": cold("uncertainty herding", "uncertainty_herding"),
+    "k_means": cold("k-means", "k_means"),
+    "k_center_greedy": cold("k-center (core-set)", "k_center_greedy"),
+    "discriminative": Method("discriminative", ("discriminative", {}), drawn=False),
+    "margin": Method("margin", ("margin", {})),
+    "entropy": Method("entropy", ("entropy", {})),
+    "badge": Method("BADGE", ("badge", {})),
+    "bait_binary": Method("BAIT-Binary", ("bait_binary", {})),
+    DROP_QUERY: Method("DropQuery", (DROP_QUERY, {})),
+    "margin_after": Method("TypiClust, margin", ("margin", {}), TYPICLUST, drawn=False),
+    "bait_binary_after": Method("TypiClust, BAIT-B.", ("bait_binary", {}), TYPICLUST, drawn=False),
+    "drop_query_after": Method("TypiClust, DropQ.", (DROP_QUERY, {}), TYPICLUST, drawn=False),
 }
 
 
@@ -88,9 +108,7 @@ def play(data: LabeledSet, name: str, seed: int, setting: Setting) -> Row:
     classes: by round, how many of the pool's have a label. rare: the share of labels, in per cent, that went to the
     rarer half of the classes.
     """
-    pool = data.sample(setting.rows, seed)
-    # Who labels knows how many classes there are; no strategy is told them otherwise.
-    params = {"num_classes": data.classes} if name == "prob_cover" else {}
+    pool, method = data.sample(setting.rows, seed), METHODS[name]
     probe, heads = plain_probe(pool.features), []
 
     def make() -> Model:
@@ -100,9 +118,9 @@ def play(data: LabeledSet, name: str, seed: int, setting: Setting) -> Row:
     with Client("local:") as client, warnings.catch_warnings():
         # What scikit-learn says of many classes with few rows each, which is what is measured here.
         warnings.filterwarnings("ignore", message="The number of unique classes is greater")
-        start = first_batch(client, name, params, pool, setting.budget, seed)
-        strategy: Strategy = (name, params)
-        if name == DROP_QUERY:
+        start = first_batch(client, method, pool, setting.budget, seed)
+        strategy: Strategy = with_classes(method.strategy, data.classes)
+        if method.strategy[0] == DROP_QUERY:
             strategy = lambda offer: drop_query(client, heads[-1], offer)  # noqa: E731  # mypy knows a lambda's type
         found = curves(
             client,
@@ -132,16 +150,21 @@ def play(data: LabeledSet, name: str, seed: int, setting: Setting) -> Row:
     )
 
 
-def first_batch(
-    client: Client, name: str, params: Mapping[str, Any], pool: LabeledSet, budget: int, seed: int
-) -> NDArray[np.int64]:
-    """The rows (budget,) labelled first: the method's own choice where it is `cold`, otherwise a uniform draw.
+def with_classes(strategy: Named, classes: int) -> Named:
+    """ProbCover is told how many classes there are, which whoever labels knows; the others do not ask."""
+    name, params = strategy
+    return (name, {**params, "num_classes": classes}) if name == "prob_cover" else strategy
 
-    The draw of a seed is the same for all methods. What reads a model's predictions is given equal ones: there is no
-    model yet, and uncertainty_herding and typiclust_to_margin then do not look at them.
+
+def first_batch(client: Client, method: Method, pool: LabeledSet, budget: int, seed: int) -> NDArray[np.int64]:
+    """The rows (budget,) labelled first; a random draw is the same for all methods of a seed.
+
+    What reads a model's predictions is given equal ones: there is no model yet, and uncertainty_herding and
+    typiclust_to_margin then do not look at them.
     """
-    if not METHODS[name].cold:
+    if method.first == RANDOM:
         return np.random.default_rng(seed).choice(len(pool.labels), budget, replace=False)
+    name, params = with_classes(method.first, pool.classes)
     (description,) = (each for each in client.strategies() if each.name == name)
     reads_predictions = any(each.name == "probabilities" and each.required for each in description.inputs)
     equal = np.zeros((len(pool.labels), pool.classes)) if reads_predictions else None
@@ -231,13 +254,15 @@ def series(of_set: str, data: LabeledSet, chosen: argparse.Namespace) -> None:
     kind = "-".join([NAME, of_set, *(["quick"] if chosen.quick else [])])
     tasks = [(name, seed) for seed in range(chosen.seeds) for name in differing(chosen.methods, setting, data)]
     rows = runs.play(kind, asdict(setting), tasks, lambda name, seed: play(data, name, seed, setting), chosen.results)
-    runs.show(kind, rows, METHODS, report(rows), chosen.results)
+    drawn = {name: method for name, method in METHODS.items() if method.drawn}
+    runs.show(kind, rows, drawn, report(rows), chosen.results)
 
 
 def differing(methods: Sequence[str], setting: Setting, data: LabeledSet) -> list[str]:
-    """Without typiclust_to_margin where the series ends before it turns to margin, and it is TypiClust."""
-    ends_early = setting.budget * setting.rounds < 20 * data.classes
-    return [name for name in methods if not (ends_early and name == "typiclust_to_margin")]
+    """The methods that do not end before they differ from TypiClust: at 20 labels a class, or at 500 clusters."""
+    first_differ = {"typiclust_to_margin": 20 * data.classes, "typiclust_uncapped": 501 - setting.budget}
+    last = setting.budget * setting.rounds  # the labels that the last batch is chosen with
+    return [name for name in methods if first_differ.get(name, 0) <= last]
 
 
 if __name__ == "__main__":

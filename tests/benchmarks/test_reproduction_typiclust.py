@@ -33,7 +33,7 @@ def folder(tmp_path):
     rng = np.random.default_rng(0)
     where = tmp_path / "data" / "mnist"
     where.mkdir(parents=True)
-    centres = 3 * rng.normal(size=(CLASSES, DIMS))
+    centres = rng.normal(size=(CLASSES, DIMS))
     for part, rows in (("train", ROWS), ("test", 50)):
         labels = np.arange(rows) % CLASSES
         np.save(where / f"X_{part}.npy", (centres[labels] + rng.normal(size=(rows, DIMS))).astype(np.float16))
@@ -56,11 +56,10 @@ def test_every_method_runs(folder, name):
 
 def test_a_first_batch_is_the_methods_own_or_the_draw_of_the_seed(folder):
     pool = load(folder, "mnist")
-    params = {"num_classes": CLASSES}
     with Client("local:") as client:
         firsts = {
-            name: typiclust.first_batch(client, name, params if name == "prob_cover" else {}, pool, 4, 5).tolist()
-            for name in typiclust.METHODS
+            name: typiclust.first_batch(client, method, pool, 4, 5).tolist()
+            for name, method in typiclust.METHODS.items()
         }
         own = client.select("typiclust", 4, embeddings=pool.features, seed=5000).indices
     drawn = np.random.default_rng(5).choice(ROWS, 4, replace=False).tolist()
@@ -68,8 +67,17 @@ def test_a_first_batch_is_the_methods_own_or_the_draw_of_the_seed(folder):
         *("random", "discriminative", "margin", "entropy", "badge", "bait_binary", "drop_query")
     }
     # Without a model they are what they are made of.
-    assert firsts["typiclust"] == firsts["typiclust_to_margin"] == own.tolist()
+    assert firsts["typiclust"] == firsts["typiclust_to_margin"] == firsts["margin_after"] == own.tolist()
     assert firsts["uncertainty_herding"] == firsts["max_herding"]
+
+
+@pytest.mark.parametrize(("name", "last"), [("typiclust_to_margin", 60), ("typiclust_uncapped", 500)])
+def test_what_would_end_before_it_differs_from_typiclust_is_left_out(folder, name, last):
+    """Before 20 labels in each of three classes, or before more than 500 clusters."""
+    data = load(folder, "mnist")
+    for rows, kept in ((last, ["random", name]), (last - 20, ["random"])):
+        setting = typiclust.Setting("mnist", rows=1000, budget=20, rounds=rows // 20)
+        assert typiclust.differing(["random", name], setting, data) == kept
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -89,19 +97,19 @@ def test_the_share_of_rare_classes_is_counted(folder):
 
 def test_it_runs_from_end_to_end_and_keeps_what_it_found(folder, tmp_path, monkeypatch, capsys):
     arguments = ["--data", str(folder), "--results", str(tmp_path), "--quick", "--seeds", "2", "--set"]
-    methods = ["--methods", "random", "typiclust", "typiclust_to_margin", "margin"]
+    methods = ["--methods", "random", "typiclust", "typiclust_to_margin", "margin_after"]
     assert typiclust.main([*arguments, "mnist", "mnist-imbalanced", *methods]) == 0
     said = capsys.readouterr().out
     assert "| TypiClust − random |" in said
-    assert "to margin" not in said  # 20 labels in two batches of ten are fewer than 20 per class
+    assert "to margin" not in said
     path = tmp_path / f"reproduction-typiclust-mnist-quick-{machine.name()}.json"
     kept = json.loads(path.read_text())
     assert {(row["name"], row["seed"]) for row in kept["rows"]} == {
-        (name, seed) for name in ("random", "typiclust", "margin") for seed in (0, 1)
+        (name, seed) for name in ("random", "typiclust", "margin_after") for seed in (0, 1)
     }
     assert kept["about"]["rows"] == 200
-    starts = {row["values"][0] for row in kept["rows"] if row["seed"] == 1 and row["name"] != "typiclust"}
-    assert len(starts) == 1
+    starts = {row["name"]: row["values"][0] for row in kept["rows"] if row["seed"] == 1}
+    assert starts["margin_after"] == starts["typiclust"] != starts["random"]
     assert ET.parse(path.with_suffix(".svg")).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     monkeypatch.setattr(typiclust, "play", lambda *_: pytest.fail("it was measured already"))
     assert typiclust.main([*arguments, "mnist", *methods]) == 0
@@ -122,7 +130,8 @@ def test_gains_are_paired_by_seed():
 
 def test_drawings_have_room_and_colours_for_the_names():
     labels = [method.label for method in typiclust.METHODS.values()]
-    assert len(set(labels)) == len(labels) <= len(drawing.COLOURS)
+    assert len(set(labels)) == len(labels)
+    assert sum(method.drawn for method in typiclust.METHODS.values()) <= len(drawing.COLOURS)
     assert all(short(label) == label for label in labels)
 
 
