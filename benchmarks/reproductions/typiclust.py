@@ -98,6 +98,8 @@ SETTINGS = {
     "mnist": Setting("mnist", rows=10_000, budget=10),
     # From 5 to 50: where the advantage is to end.
     "mnist-long": Setting("mnist", rows=10_000, budget=50),
+    # From 20 to 200.
+    "mnist-late": Setting("mnist", rows=10_000, budget=200),
     "mnist-imbalanced": Setting("mnist-imbalance100", rows=10_000, budget=50),
 }
 

@@ -1,4 +1,4 @@
-"""TypiClust's reproduction on little data, its tables, and the picture of the Gaussian mixture."""
+"""TypiClust's reproduction and that of calibration on little data, their tables, and the picture of the mixture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import machine
-from benchmarks.reproductions import drawing, gaussian_mixture, typiclust
+from benchmarks.reproductions import calibration, drawing, gaussian_mixture, typiclust
 from benchmarks.reproductions.data import load
 from demo.figures import short
 from queryselect import Client
@@ -168,3 +168,35 @@ def test_a_gaussians_share_within_a_deviation_is_what_it_is_said_to_be():
     every = np.arange(len(found.points))
     assert gaussian_mixture.typical(found, every) / len(every) == pytest.approx(1 - np.exp(-0.5), abs=0.03)
     assert gaussian_mixture.nearest_labelled(found, every) == 1
+
+
+def test_a_factor_of_logits_is_what_strategies_are_told(folder, tmp_path, capsys):
+    methods = ["--methods", "random", "margin-0.2", "margin-1", "bait_binary-1", "bait_binary-5"]
+    arguments = ["--data", str(folder), "--results", str(tmp_path), "--quick", "--seeds", "2", "--set", "mnist"]
+    assert calibration.main([*arguments, *methods]) == 0
+    said = capsys.readouterr().out
+    assert "| margin × 0.2 | 2 |" in said
+    assert "| BAIT-Binary × 5 − BAIT-Binary × 1 |" in said
+    kept = json.loads((tmp_path / f"reproduction-calibration-mnist-quick-{machine.name()}.json").read_text())
+    assert len({row["values"][0] for row in kept["rows"] if row["seed"] == 0}) == 1  # the model is the same
+
+
+@pytest.mark.parametrize("name", list(calibration.STRATEGIES))
+def test_a_factor_of_one_changes_nothing(name):
+    rng = np.random.default_rng(0)
+    features, logits = rng.normal(size=(60, 4)), rng.normal(size=(60, 3))
+
+    class Told:
+        budget, labeled, seed, embeddings = 5, np.arange(6), 3, features
+        log_probabilities = torch.from_numpy(logits).log_softmax(1).numpy()
+
+    with Client("local:") as client:
+        picks = client.select(name, 5, embeddings=features, logits=logits, labeled=np.arange(6), seed=3)
+    assert calibration.told(name, 1.0)(Told()).tolist() == picks.indices.tolist()
+
+
+def test_calibrations_nonsense_is_refused_and_missing_data_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        calibration.main(["--data", str(tmp_path), "--seeds", "0"])
+    assert calibration.main(["--data", str(tmp_path / "nowhere")]) == 2
+    assert "there is no data folder" in capsys.readouterr().err
