@@ -57,6 +57,9 @@ METHODS: Mapping[str, Method] = {
     "typiclust_uncapped": cold("TypiClust, no cap", "typiclust", drawn=False, max_clusters=100_000),
     "typiclust_to_margin": cold("TypiClust to margin", "typiclust_to_margin", drawn=False),
     "prob_cover": cold("ProbCover", "prob_cover"),
+    # Radii at which as many balls as classes cover about half of banking77, and of MNIST.
+    "prob_cover_0.7": cold("ProbCover, δ 0.7", "prob_cover", drawn=False, delta=0.7),
+    "prob_cover_1": cold("ProbCover, δ 1", "prob_cover", drawn=False, delta=1.0),
     "max_herding": cold("MaxHerding", "max_herding"),
     "uncertainty_herding": cold("uncertainty herding", "uncertainty_herding"),
     "k_means": cold("k-means", "k_means"),
@@ -153,9 +156,8 @@ def play(data: LabeledSet, name: str, seed: int, setting: Setting) -> Row:
 
 
 def with_classes(strategy: Named, classes: int) -> Named:
-    """ProbCover is told how many classes there are, which whoever labels knows; the others do not ask."""
-    name, params = strategy
-    return (name, {**params, "num_classes": classes}) if name == "prob_cover" else strategy
+    """ProbCover, to find its radius by, is told how many classes there are; the others do not ask."""
+    return (strategy[0], {"num_classes": classes}) if strategy == ("prob_cover", {}) else strategy
 
 
 def first_batch(client: Client, method: Method, pool: LabeledSet, budget: int, seed: int) -> NDArray[np.int64]:
