@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from queryselect import Client, Discriminative, InvalidInput
+from queryselect_service.kernels import discriminative
 from tests.kernels.leaving import checks
 from tests.kernels.test_k_center_greedy import farthest_first
 from tests.strategy_case import LISTS, ROWS, StrategyCase
@@ -64,10 +65,12 @@ class TestDiscriminative(StrategyCase):
         return *by_definition(inputs["embeddings"], k, context, candidates), np.zeros(ROWS)
 
 
+@pytest.mark.parametrize("written", [0, 1024], ids=["by conjugate gradients", "by the Hessian"])
 @pytest.mark.parametrize("lists", LISTS.values(), ids=LISTS)
 @pytest.mark.parametrize(("sub_batches", "l2"), [(1, 1.0), (3, 0.01), (4, 100.0), (50, 1.0)])
-def test_picks_come_in_sub_batches(local: Client, lists, sub_batches, l2):
+def test_picks_come_in_sub_batches(local: Client, monkeypatch, lists, sub_batches, l2, written):
     """Eleven picks: in one, in 3 4 4, in 2 3 3 3, and one by one where there are fewer picks than sub-batches."""
+    monkeypatch.setattr(discriminative, "WRITTEN", written)
     x = np.random.default_rng(1).normal(size=(ROWS, 6))
     context = np.array(sorted({*lists.get("labeled", ()), *lists.get("pending", ())}), dtype=int)
     candidates = np.isin(np.arange(ROWS), lists.get("candidates", np.setdiff1d(np.arange(ROWS), context)))
@@ -119,7 +122,9 @@ def test_columns_that_are_constant_tell_nothing(local: Client):
         np.testing.assert_allclose(got.scores, plain.scores, rtol=1e-9)
 
 
-def test_more_columns_than_rows_are_separable_and_have_an_optimum(local: Client):
+@pytest.mark.parametrize("written", [0, 1024], ids=["by conjugate gradients", "by the Hessian"])
+def test_more_columns_than_rows_are_separable_and_have_an_optimum(local: Client, monkeypatch, written):
+    monkeypatch.setattr(discriminative, "WRITTEN", written)
     x = np.random.default_rng(0).normal(size=(50, 300)).astype(np.float32)
     picks, scores = by_definition(x, 20, np.arange(4), np.arange(50) > 3, l2=1e-3)
     got = local.select(Discriminative(l2=1e-3), 20, embeddings=x, labeled=np.arange(4))

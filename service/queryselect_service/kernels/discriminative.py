@@ -20,8 +20,12 @@ from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, 
 
 #: A fit ends where the gradient's length is this part of l2, so that weights are as exact, or of N, which rounding is.
 EXACT, ROUNDING = 1e-11, 1e-15
-#: Newton's steps at the most; how well their equations are solved, and in how many products at the most.
-STEPS, RESIDUAL, PRODUCTS = 100, 1e-4, 1000
+#: Newton's steps at the most.
+STEPS = 100
+#: The Hessian is written out up to so many columns, a span adding to it with so many multiply-adds per byte touched.
+WRITTEN, FAST_PRODUCTS = 1024, 4
+#: Beyond, how well Newton's equations are solved, and in how many products at the most.
+RESIDUAL, PRODUCTS = 1e-4, 1000
 #: The part of the fall that a step promises which it has to keep, and the part of a value that rounding may change.
 KEPT, SLACK = 1e-4, 1e-13
 #: How often a step is halved; after so many rounding is all that is left.
@@ -50,6 +54,7 @@ def _memory(sizes: Sizes, _: Discriminative) -> int:
     """A standardised float64 copy of the rows, what Points makes of half types, numbers per row, and spans."""
     copy = copy_bytes(sizes.D, sizes.item, normalize=False)
     spans = min(3 * SPAN_BYTES // 2, 4 * 8 * sizes.N * sizes.D)
+    spans += 3 * 8 * min(sizes.D + 1, WRITTEN) ** 2
     return sizes.N * (8 * (sizes.D + 1) + copy + 90) + 2 * sizes.k * sizes.D * sizes.item + 100 * sizes.D + spans
 
 
@@ -57,9 +62,10 @@ def _memory(sizes: Sizes, _: Discriminative) -> int:
     Discriminative,
     kind=ScoreKind.PROBABILITY,
     pool_scores=False,
-    cost="O(N D) time per product with the Hessian, some hundred of them per fit; O(N D) memory",
+    cost="O(N D²) time per step of Newton's method, some ten of them per fit; with more than 1000 columns some hundred "
+    "times O(N D) per step; O(N D) memory",
     memory=_memory,
-    work=lambda sizes: 600.0 * min(10, sizes.k) * sizes.N * sizes.D,
+    work=lambda sizes: min(10, sizes.k) * min(10.0 * sizes.D, 600) * sizes.N * sizes.D,
     citation="Gissin and Shalev-Shwartz, Discriminative active learning (2019), arXiv:1907.06347, algorithm 1",
 )
 def discriminative(
@@ -119,7 +125,7 @@ def discriminative(
 
 
 class _Discriminator:
-    """Logistic regression on standardised rows, by Newton's method; its equations by conjugate gradients."""
+    """Logistic regression on standardised rows, by Newton's method."""
 
     def __init__(self, points: Points, l2: float) -> None:
         self._pool, self._l2 = points.pool, l2
@@ -187,7 +193,24 @@ class _Discriminator:
         return self._value(labeled), self._pool.sum(gradient) + self._l2 * self._weights, variances
 
     def _newton(self, gradient: Tensor, variances: Tensor) -> Tensor:
-        """H⁻¹ gradient, nearly, (D + 1,), with H = Σ p (1 - p) x xᵀ + l2 I."""
+        """H⁻¹ gradient, or nearly that, (D + 1,), with H = Σ p (1 - p) x xᵀ + l2 I."""
+        dims = len(gradient)
+        if dims > WRITTEN:
+            return self._by_conjugate_gradients(gradient, variances)
+        hessian = gradient.new_zeros(dims, dims)
+        for span in self._spans(2 + dims // (8 * FAST_PRODUCTS)):
+            rows = self._rows[span]
+            hessian.addmm_((rows * variances[span, None]).T, rows)
+        hessian = self._pool.sum(hessian)
+        hessian.diagonal().add_(self._l2)
+        root, failed = torch.linalg.cholesky_ex(hessian)
+        if failed:  # with so small a penalty that rounding hides it
+            return self._by_conjugate_gradients(gradient, variances)
+        found: Tensor = torch.cholesky_solve(gradient[:, None], root)[:, 0]
+        return found
+
+    def _by_conjugate_gradients(self, gradient: Tensor, variances: Tensor) -> Tensor:
+        """The same, with products of H and vectors alone."""
         found = torch.zeros_like(gradient)
         left, direction = gradient.clone(), gradient
         length, enough = left @ left, float(RESIDUAL * gradient.norm())
