@@ -10,12 +10,12 @@ from torch import Tensor
 
 from benchmarks import pools
 from benchmarks.case import Benchmark, Case, Part, Peer, Problem, Scaling
-from benchmarks.clock import scaled
+from benchmarks.clock import timed
 from queryselect_service.strategy import Sizes
 
 SCIKIT, NUMPY = "scikit-activeml", "numpy"
-#: Rows that peers are run on where there are more, as they have matrices of all pairs; and picks of their two runs.
-ROWS, FEW = 10_000, (4, 14)
+#: Rows that peers are run on where there are more, as they have matrices of all pairs.
+ROWS = 10_000
 
 
 def scikit_activeml(problem: Problem) -> Part:
@@ -26,17 +26,14 @@ def scikit_activeml(problem: Problem) -> Part:
     x, labels = some.array("embeddings"), np.full(len(some.candidates), np.nan)
     labels[some.context.cpu().numpy()] = 0
 
-    def select(k: int) -> Tensor:
-        query = MaxHerding(metric_dict={"gamma": 1.0}, random_state=0).query
-        return torch.from_numpy(query(x, labels, batch_size=k))
-
-    return steps(select, problem, some)
+    query = MaxHerding(metric_dict={"gamma": 1.0}, random_state=0).query
+    return scaled(lambda: torch.from_numpy(query(x, labels, batch_size=problem.k)), problem, some)
 
 
 def by_definition(problem: Problem) -> Part:
     """The definition, with the mass of 1 for every row."""
     some = part(problem)
-    return steps(lambda k: greedy(some, k), problem, some)
+    return scaled(lambda: greedy(some), problem, some)
 
 
 def part(problem: Problem) -> Problem:
@@ -44,16 +41,16 @@ def part(problem: Problem) -> Problem:
     return problem.first(ROWS) if len(problem.candidates) > ROWS else problem
 
 
-def steps(select: Callable[[int], Tensor], problem: Problem, some: Problem) -> Part:
-    """The time of a few steps on some rows, scaled to all steps and pairs; the picks where those are all rows."""
-    few = FEW[0], min(FEW[1], problem.k)
-    start, rest, picks = scaled(select, problem.k, few, problem.device)
+def scaled(select: Callable[[], Tensor], problem: Problem, some: Problem) -> Part:
+    """The time on some rows, scaled to all pairs; the picks where those are all rows."""
+    seconds, picks = timed(select, problem.device)
     n, rows = len(problem.candidates), len(some.candidates)
-    said = f"{few[1]} of {problem.k} steps, {rows} of {n} rows, scaled"
-    return Part((start + rest) * (n / rows) ** 2, said, picks if n == rows else None)
+    if n == rows:
+        return Part(seconds, "", picks)
+    return Part(seconds * (n / rows) ** 2, f"{rows} of {n} rows, pairs scaled")
 
 
-def greedy(problem: Problem, k: int, mass: np.ndarray | None = None) -> Tensor:
+def greedy(problem: Problem, mass: np.ndarray | None = None) -> Tensor:
     """The definition with bandwidth 1: a matrix of all pairs, and every gain at every step."""
     x = problem.array("embeddings").astype(np.float64)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
@@ -61,7 +58,7 @@ def greedy(problem: Problem, k: int, mass: np.ndarray | None = None) -> Tensor:
     mass = np.ones(len(x)) if mass is None else mass
     seen = kernel[:, problem.context.cpu().numpy()].max(1, initial=0.0)
     free, picks = problem.candidates.cpu().numpy().copy(), []
-    for _ in range(k):
+    for _ in range(problem.k):
         gains = mass @ np.maximum(kernel - seen[:, None], 0)
         picks.append(int(np.where(free, gains, -np.inf).argmax()))
         free[picks[-1]] = False

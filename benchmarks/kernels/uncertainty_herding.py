@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks import pools
 from benchmarks.case import Benchmark, Case, Part, Peer, Problem, Scaling
-from benchmarks.kernels.max_herding import NUMPY, greedy, part, steps
+from benchmarks.kernels.max_herding import NUMPY, greedy, part, scaled
 from queryselect_service.strategy import Sizes
 
 
@@ -16,7 +16,7 @@ def by_definition(problem: Problem) -> Part:
     p = np.sort(some.array("probabilities").astype(np.float64), axis=1)
     mass = 1 - (p[:, -1] - p[:, -2]) / p.sum(1)
     mass[some.context.cpu().numpy()] = 0
-    return steps(lambda k: greedy(some, k, mass), problem, some)
+    return scaled(lambda: greedy(some, mass), problem, some)
 
 
 BENCHMARKS = (
