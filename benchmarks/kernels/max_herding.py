@@ -18,7 +18,7 @@ SCIKIT, NUMPY = "scikit-activeml", "numpy"
 ROWS = 10_000
 
 
-def scikit_activeml(problem: Problem) -> Part:
+def scikit_activeml(problem: Problem) -> Tensor | Part:
     """Its query strategy, with the same kernel; what is labelled adds nothing there, so that picks may differ."""
     from skactiveml.pool import MaxHerding
 
@@ -30,7 +30,7 @@ def scikit_activeml(problem: Problem) -> Part:
     return scaled(lambda: torch.from_numpy(query(x, labels, batch_size=problem.k)), problem, some)
 
 
-def by_definition(problem: Problem) -> Part:
+def by_definition(problem: Problem) -> Tensor | Part:
     """The definition, with the mass of 1 for every row."""
     some = part(problem)
     return scaled(lambda: greedy(some), problem, some)
@@ -41,12 +41,12 @@ def part(problem: Problem) -> Problem:
     return problem.first(ROWS) if len(problem.candidates) > ROWS else problem
 
 
-def scaled(select: Callable[[], Tensor], problem: Problem, some: Problem) -> Part:
-    """The time on some rows, scaled to all pairs; the picks where those are all rows."""
-    seconds, picks = timed(select, problem.device)
+def scaled(select: Callable[[], Tensor], problem: Problem, some: Problem) -> Tensor | Part:
+    """The picks, where `some` are all rows; else the time on some of them, scaled to all pairs."""
     n, rows = len(problem.candidates), len(some.candidates)
     if n == rows:
-        return Part(seconds, "", picks)
+        return select()
+    seconds, _ = timed(select, problem.device)
     return Part(seconds * (n / rows) ** 2, f"{rows} of {n} rows, pairs scaled")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from benchmarks import pools
 from benchmarks.case import Benchmark, Case, Part, Peer, Problem, Scaling
@@ -10,7 +11,7 @@ from benchmarks.kernels.max_herding import NUMPY, greedy, part, scaled
 from queryselect_service.strategy import Sizes
 
 
-def by_definition(problem: Problem) -> Part:
+def by_definition(problem: Problem) -> Tensor | Part:
     """The greedy of max_herding, a row's mass 1 less its margin, 0 where it is labelled."""
     some = part(problem)
     p = np.sort(some.array("probabilities").astype(np.float64), axis=1)
