@@ -8,21 +8,29 @@ Requirements that the design meets:
 - A gain only falls while the batch grows (the objective is submodular), so that one from before is an upper bound: a
   candidate is looked at again only where its bound reaches the best (Minoux, Accelerated greedy algorithms for
   maximizing submodular set functions, 1978).
-- A pick changes gains by the rows that it covers better, and by no others: once more candidates would have to be looked
-  at than that is worth, the bounds of all are lowered by what those rows take from them.
-- Bounds are computed in single precision, gains in double: those alone decide.
+- A pick changes gains by the rows that it covers better, and by no others. What those take is subtracted from all
+  bounds: at once where it is kept which candidates see a row better than it is covered, a part of about 1 in m + 1 of
+  all pairs with m rows labelled and chosen; else once more candidates would have to be looked at than that is worth.
+- Bounds are computed in single precision (`herding_bounds.py`), gains in double: those alone decide.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.maths.distances import CENTRES, Points, at_once, coarseness, copy_bytes
+from queryselect_service.maths.distances import CENTRES, Points, at_once, copy_bytes
+from queryselect_service.maths.herding_bounds import (
+    FAST_PRODUCTS,
+    PAIR_BYTES,
+    Bounds,
+    Seers,
+    enough_covered,
+    most_pairs,
+)
 from queryselect_service.selection import Notice, NoticeCode, Selection
 from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Herding
@@ -34,8 +42,8 @@ FEW = 4
 PAIRS = 1 << 20
 #: All bounds are lowered once so many times the candidates looked at are more than the rows covered better since.
 EAGER = 8
-#: Multiply-adds of a matrix product that take as long as touching a byte, and bytes that one by differences takes.
-FAST_PRODUCTS, SLOW_BYTES = 4, 4
+#: Bytes that a distance by differences takes.
+SLOW_BYTES = 4
 #: How wrong exponents may be in single precision; beyond, bounds are gains, in double precision.
 COARSE = 1e-2
 #: How wrong exponents of the kernel may be where distances are computed by their expansion; else by differences.
@@ -44,19 +52,18 @@ BLUR = 1e-10
 TIE = 1e-10
 #: Where exponents end, and their roots: beyond, the exponential is no normal number, which takes ten times as long.
 FARTHEST, FARTHEST_ROOT = 676.0, 26.0
-#: The same in single precision.
-FARTHEST_SINGLE = 80.0
-#: Columns that one product takes at once in single precision: its error grows with them, its time hardly falls.
-COLUMNS = 64
 
 
 def memory(sizes: Sizes, spec: Herding) -> int:
-    """Copies of the rows in two types, numbers per row, labelled rows, spans, what Points makes, or few candidates."""
+    """Copies of the rows in two types, numbers per row, labelled rows, spans; what Points makes, or pairs."""
     wide = max(4, sizes.item)
     points = sizes.N * (copy_bytes(sizes.D, sizes.item, normalize=spec.normalize) + 2 * wide)
     few = 2 * 8 * sizes.D * min(sizes.N, at_once(sizes.N, sizes.D))  # candidates that are looked at, taken from blocks
     spans = min(SPAN_BYTES, 3 * 8 * sizes.N * (sizes.D + CENTRES))
-    return sizes.N * (12 * sizes.D + 136) + 16 * sizes.L * sizes.D + spans + max(points, few)
+    pairs = PAIR_BYTES * min(sizes.N * sizes.N, most_pairs(sizes.N, sizes.D))
+    if sizes.L + sizes.k < enough_covered(sizes.N, sizes.D):
+        pairs = 0
+    return sizes.N * (12 * sizes.D + 136) + 16 * sizes.L * sizes.D + spans + max(points, few + pairs)
 
 
 def work(sizes: Sizes) -> float:
@@ -105,6 +112,7 @@ class Coverage:
         self.mass = share / self.pool.size
 
         labeled = torch.cat([self.rows[:0], *(block for (block,) in self.pool.blocks(self.rows[context]))])
+        self.labeled = len(labeled)
         least = least_distance(labeled, self.pool) if spec.adaptive_bandwidth else None
         width = spec.bandwidth * points.scale if least is None else least
         self.width = max(width, tiny)
@@ -118,8 +126,8 @@ class Coverage:
         #: Candidates that are looked at together at the most.
         self.many = at_once(self.pool.size, dims)
         farthest = 4 * float(largest) / self.width / self.width
-        wrong = _Bounds.rounding(dims, farthest)
-        self.bounds = _Bounds(self, wrong, farthest) if wrong <= COARSE else None
+        wrong = Bounds.rounding(dims, farthest)
+        self.bounds = Bounds(self, wrong, farthest) if wrong <= COARSE else None
         self.covered = torch.zeros_like(self.norms)  # m
         for start in range(0, len(labeled), self.many):
             self.pool.sum(self.mass[:0].sum())  # where slices hear of a caller who has left
@@ -131,14 +139,23 @@ class Coverage:
             seen = self._kernel(span, centres).amax(1)
             torch.maximum(self.covered[span], seen, out=self.covered[span])
 
-    def gains(self, candidates: Tensor) -> Tensor:
-        """What candidates (c, D), the same in all slices, would add, each: (c,), at least 0."""
+    def gains(self, candidates: Tensor, seen: Tensor | None = None) -> Tensor:
+        """What candidates (c, D), the same in all slices, would add, each: (c,), at least 0.
+
+        seen: (n, c) to write to how well they see the rows here.
+        """
         total = candidates.new_zeros(len(candidates))
         for span in self._spans(len(candidates)):
-            rise = self._kernel(span, candidates).sub_(self.covered[span, None]).clamp_min_(0)
-            total += self.mass[span] @ rise
+            kernel = self._kernel(span, candidates)
+            if seen is not None:
+                seen[span] = kernel
+            total += self.mass[span] @ kernel.sub_(self.covered[span, None]).clamp_min_(0)
         found: Tensor = self.pool.sum(total)
         return torch.where(found > self.error, found, 0.0)
+
+    def rises(self, rows: Tensor, seen: Tensor) -> Tensor:
+        """What some rows (p,) here add to the gains (p,) of candidates that see them so well (p,)."""
+        return seen.double().sub_(self.covered[rows]).clamp_min_(0).mul_(self.mass[rows])
 
     def losses(self, candidates: Tensor, before: Tensor) -> Tensor:
         """How far gains of candidates (c, D), the same in all slices, have fallen since m was `before` (n,): (c,)."""
@@ -167,82 +184,6 @@ class Coverage:
         products = dims * centres // FAST_PRODUCTS + 8 * (dims + 4 * centres)
         rows = len(self.rows) if rows is None else rows
         return self.pool.spans(rows, products if self._fast else _by_differences(dims, centres))
-
-
-class _Bounds:
-    """What gains are at the most, and what they lose at the least, in single precision.
-
-    rows: (n, D + 2), of which exponents 2 x.u/h² - |x|²/h² - |u|²/h² are products. These are wrong by `wrong` at the
-    most, which is added or taken away: k is then bounded from above or below. m is rounded by less than that.
-    """
-
-    def __init__(self, coverage: Coverage, wrong: float, farthest: float) -> None:
-        self._coverage, self._wrong, self._deep = coverage, wrong, farthest > FARTHEST_SINGLE
-        n, dims = coverage.rows.shape
-        self.rows = torch.empty(n, dims + 2, dtype=torch.float32, device=coverage.rows.device)
-        for span in coverage.pool.spans(n, 3 * 8 * dims):
-            self.rows[span, :dims] = coverage.rows[span] * (math.sqrt(2) / coverage.width)
-            self.rows[span, dims] = coverage.norms[span] / -(coverage.width**2)
-            self.rows[span, dims + 1] = 1
-        _, most = coverage.pool.best(coverage.mass)
-        _, least = coverage.pool.best(-coverage.mass)
-        self._even = float(most) if most == -least else None  # the mass of every row
-
-    @staticmethod
-    def rounding(dims: int, farthest: float) -> float:
-        """How wrong exponents up to `farthest` are, what their exponentials are wrong by, and what m is rounded by."""
-        eps = torch.finfo(torch.float32).eps
-        return (coarseness() + eps * (8 + COLUMNS / 2 + dims / COLUMNS)) * farthest + 8 * eps
-
-    def gains(self, candidates: Tensor) -> Tensor:
-        """At least the gains (c,) of some of `rows` (c, D + 2), the same in all slices."""
-        coverage, theirs = self._coverage, _turned(candidates, self._wrong)
-        total = coverage.mass.new_zeros(len(candidates))
-        for span in self._spans(len(candidates)):
-            low = coverage.covered[span].float()
-            seen = self._kernel(self.rows[span], theirs)
-            total += self._weigh(span, torch.maximum(seen, low[:, None], out=seen), low)
-        found: Tensor = coverage.pool.sum(total).clamp_min_(0) + coverage.error
-        return found
-
-    def losses(self, candidates: Tensor, before: Tensor) -> Tensor:
-        """At most what gains of some of `rows` (c, D + 2) have lost since m was `before` (n,): (c,)."""
-        coverage, better = self._coverage, (self._coverage.covered > before).nonzero().squeeze(1)
-        total = coverage.mass.new_zeros(len(candidates))
-        for span in coverage.pool.spans(len(better), self._row_bytes(len(candidates))):
-            rows = better[span]
-            low, high = before[rows].float(), coverage.covered[rows].float()
-            seen = self._kernel(_turned(self.rows[rows], -self._wrong), candidates)
-            rounded = 4 * torch.finfo(torch.float32).eps * (coverage.mass[rows] @ coverage.covered[rows])
-            total += self._weigh(rows, seen.clamp_(low[:, None], high[:, None]), low) - rounded
-        found: Tensor = coverage.pool.sum(total).clamp_min_(0)
-        return found
-
-    def _kernel(self, rows: Tensor, theirs: Tensor) -> Tensor:
-        exponents = rows[:, :COLUMNS] @ theirs[:, :COLUMNS].T
-        for start in range(COLUMNS, rows.shape[1], COLUMNS):
-            some = slice(start, start + COLUMNS)
-            exponents.addmm_(rows[:, some], theirs[:, some].T)
-        return (exponents.clamp_min_(-FARTHEST_SINGLE) if self._deep else exponents).exp_()
-
-    def _weigh(self, rows: slice | Tensor, seen: Tensor, low: Tensor) -> Tensor:
-        """The mass (c,) of what is seen (s, c) of some rows above `low` (s,), added up in double precision."""
-        if self._even is not None:
-            return (seen.sum(0, dtype=torch.float64) - low.sum(dtype=torch.float64)).mul_(self._even)
-        mass = self._coverage.mass[rows]
-        return mass @ seen.double() - mass @ low.double()
-
-    def _spans(self, centres: int) -> Iterator[slice]:
-        return self._coverage.pool.spans(len(self.rows), self._row_bytes(centres))
-
-    def _row_bytes(self, centres: int) -> int:
-        dims = self.rows.shape[1]
-        return dims * centres // (2 * FAST_PRODUCTS) + 4 * (dims + 4 * centres)
-
-
-def _turned(rows: Tensor, more: float) -> Tensor:
-    """Rows (c, D + 2) of bounds so that their products with others are exponents, and `more` added to those."""
-    return torch.cat([rows[:, :-2], rows[:, -1:], rows[:, -2:-1] + more], dim=1)
 
 
 def _by_differences(dims: int, centres: int) -> int:
@@ -274,9 +215,16 @@ class _LazyGreedy:
         self.bounds = torch.zeros_like(coverage.covered)
         self._seen = torch.full((n,), -1, dtype=torch.int32, device=device)  # after how many picks a gain was computed
         self._made = 0
+        self._seers: Seers | None = None
+        # As many rows labelled and chosen, as far as can be told beforehand, leave few enough pairs to keep.
+        self._enough = enough_covered(self._pool.size, coverage.rows.shape[1])
+        # Of the rows looked at since the last pick the one of the highest gain, that gain, and how it sees rows (n,).
+        self._leader: tuple[Tensor, Tensor, Tensor] | None = None
         self._numbers = torch.arange(self._pool.offset, self._pool.offset + n, device=device)
         if coverage.bounds is None:
             self._look_at_all()
+        elif self._can_list():
+            self.bounds, self._seers = coverage.bounds.by_pairs(choice.allowed)
         else:
             for numbers, rows in self._candidates(coverage.bounds.rows):
                 self._set(self.bounds, numbers, coverage.bounds.gains(rows))
@@ -309,8 +257,11 @@ class _LazyGreedy:
             rows.append(row[None])
             gains.append(gain[None])
             self._made += 1
-            if gain > 0:
+            if gain > 0 and self._leader is not None and self._leader[0] == row:
+                torch.maximum(coverage.covered, self._leader[2], out=coverage.covered)
+            elif gain > 0:
                 coverage.cover(pick[None])
+            self._leader = None
         return torch.cat(rows), torch.cat(gains)
 
     def _candidates(self, x: Tensor, many: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -336,7 +287,12 @@ class _LazyGreedy:
 
     def _look(self, numbers: Tensor, rows: Tensor) -> None:
         """Computes the gains of global rows (c,), rows (c, D) of all slices."""
-        gains = self._coverage.gains(rows)
+        seen = self._numbers.new_empty(len(self.bounds), len(rows), dtype=torch.float64) if len(rows) <= FEW else None
+        gains = self._coverage.gains(rows, seen)
+        if seen is not None:
+            most, first = gains.max(0)
+            if self._leader is None or most > self._leader[1]:
+                self._leader = numbers[first], most, seen[:, first]
         here, at = self._here(numbers)
         gains = gains[here]
         self.bounds[at] = gains
@@ -351,16 +307,33 @@ class _LazyGreedy:
         """Lowers bounds where enough candidates were looked at for that, and says so."""
         coverage, pool = self._coverage, self._pool
         better = int(pool.sum((coverage.covered > self._before).count_nonzero()))
+        if better and self._seers is not None:
+            self._gains -= self._seers.losses(self._before)
+            self._relax()
+            return True
         if better and EAGER * self._looks > better:
-            self._lower(better)
+            if coverage.bounds is not None and self._can_list():
+                self._gains, self._seers = coverage.bounds.by_pairs(self._choice.allowed)
+                self._error = 0.0
+            else:
+                self._lower(better)
+            self._relax()
             return True
         if not better and coverage.bounds is not None and EAGER * self._looks > pool.size:
             # They are as low as they get, and tell too little: what is left to gain is less than they are wrong by.
-            coverage.bounds = None
+            coverage.bounds = self._seers = None
             self._look_at_all()
             self._gains, self._looks = self.bounds.clone(), 0
             return True
         return False
+
+    def _can_list(self) -> bool:
+        """Whether it is worth to find out who sees whom better than m; asked again only with twice as many rows."""
+        known, left = self._coverage.labeled + self._made, self._choice.k - self._made
+        if known < self._enough or 2 * left < self._made:
+            return False
+        self._enough = 2 * known + 1
+        return True
 
     def _lower(self, better: int) -> None:
         """Takes from all bounds what rows that are covered better by now, so many, have taken from gains."""
@@ -369,6 +342,10 @@ class _LazyGreedy:
         for numbers, rows in self._candidates(x, max(coverage.many, PAIRS // better)):
             here, at = self._here(numbers)
             self._gains[at] -= losses(rows, self._before)[here]
+
+    def _relax(self) -> None:
+        """Sets bounds to gains that are as they were for the m of now."""
+        coverage = self._coverage
         self._error += 2 * coverage.error
         found = (self._gains + self._error).clamp_min_(0)
         self.bounds = torch.where(self._seen < self._made, torch.minimum(found, self.bounds), self.bounds)

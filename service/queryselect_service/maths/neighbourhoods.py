@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from queryselect_service.maths.distances import EXACT_BYTES, Points, at_once
+from queryselect_service.maths.lists import Lists
 from queryselect_service.shards import Shards
 
 #: Bytes that a graph takes per edge while it is made.
@@ -104,15 +105,11 @@ class Graph:
     def __init__(self, tails: Tensor, heads: Tensor, size: int) -> None:
         """tails: (e,) global rows, of `size` in all, and heads: (e,) rows here within their radius; int32."""
         self._heads = heads[tails.argsort()]
-        counts = torch.bincount(tails, minlength=size)
-        self._ends, self._counts = counts.cumsum(0), counts
+        self._lists = Lists(torch.bincount(tails, minlength=size))
 
     def around(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs (p,), (p,): rows here, and at which of the global rows (m,) they are neighbours."""
-        counts = self._counts[numbers]
-        at = torch.repeat_interleave(counts)
-        before = counts.cumsum(0)  # pairs up to the end of each
-        places = torch.arange(len(at), device=at.device) + (self._ends[numbers] - before)[at]
+        places, at = self._lists.places(numbers)
         return self._heads[places].long(), at
 
 
