@@ -1,4 +1,4 @@
-"""BADGE as its authors' factorised code has it: one look at all rows per pick, in the types given.
+"""BADGE as its authors' factorised code has it: one look at all rows per pick, in the types given, and a draw by scipy.
 
 Ash, Zhang, Krishnamurthy, Langford and Agarwal, Deep batch active learning by diverse, uncertain gradient lower bounds
 (ICLR 2020), arXiv:1906.03671, algorithm 1; the factorised distance of Zhang et al. (2023), arXiv:2306.09910, appendix
@@ -21,10 +21,12 @@ PICKS = 40
 
 def select(problem: Problem, k: int) -> Tensor:
     """The picks (k,)."""
+    from scipy.stats import rv_discrete
+
     h, p = problem.inputs["embeddings"], problem.inputs["probabilities"].to(problem.inputs["embeddings"].dtype)
     a = p - torch.nn.functional.one_hot(p.argmax(1), p.shape[1])
     lengths = a.square().sum(1) * h.square().sum(1)
-    rng, nearest = np.random.default_rng(problem.seed), torch.full_like(lengths, torch.inf)
+    rng, nearest, numbers = np.random.default_rng(problem.seed), torch.full_like(lengths, torch.inf), np.arange(len(h))
     picks = [int(lengths.argmax())]
     while len(picks) < k:
         last = picks[-1]
@@ -32,7 +34,7 @@ def select(problem: Problem, k: int) -> Tensor:
         nearest = torch.minimum(nearest, squared.clamp_min(0))
         nearest[last] = 0
         odds = nearest.double().cpu().numpy()
-        picks.append(int(rng.choice(len(odds), p=odds / odds.sum())))
+        picks.append(int(rv_discrete(values=(numbers, odds / odds.sum())).rvs(random_state=rng)))
     return torch.tensor(picks)
 
 
@@ -44,4 +46,4 @@ def run(problem: Problem) -> Part:
     return Part(seconds * problem.k / few, said)
 
 
-PEER = Peer(NAME, run, "by factors, one look at all rows per pick")
+PEER = Peer(NAME, run, "by factors, one look at all rows per pick, drawn by scipy")
