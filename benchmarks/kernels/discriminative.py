@@ -36,7 +36,7 @@ BENCHMARKS = (
     Benchmark(
         strategy="discriminative",
         make=pools.embeddings,
-        peers=(Peer("scikit-learn", scikit_learn, distribution="scikit-learn"),),
+        peers=(Peer("scikit-learn", scikit_learn, distribution="scikit-learn", rounds=1),),
         # A standardised copy is written once and read by every fit at least twice.
         floor=lambda sizes: {"read": 8 * sizes.N * sizes.D * (1 + 2 * ROUNDS)},
         quick=Case(Sizes(N=300, D=8, L=10, k=20)),
