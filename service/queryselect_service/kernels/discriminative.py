@@ -175,22 +175,28 @@ class _Discriminator:
 
     def _value(self, labeled: Tensor) -> float:
         """What is minimised."""
-        total = torch.zeros_like(self._weights[0])
+        loss = torch.zeros_like(self._weights[0])
         for span in self._spans(1):
             logits = self._rows[span] @ self._weights
-            total += softplus(torch.where(labeled[span], logits, -logits)).sum()
-        return float(self._pool.sum(total) + self._l2 / 2 * self._weights.square().sum())
+            loss += softplus(torch.where(labeled[span], logits, -logits)).sum()
+        return self._penalised(loss)
+
+    def _penalised(self, loss: Tensor) -> float:
+        """The value, by the losses of the rows here."""
+        return float(self._pool.sum(loss) + self._l2 / 2 * self._weights.square().sum())
 
     def _expansion(self, labeled: Tensor) -> tuple[float, Tensor, Tensor]:
         """The value, its gradient (D + 1,), and the variances p (1 - p) (n,) that its Hessian is made of."""
         gradient, variances = torch.zeros_like(self._weights), torch.empty_like(self._rows[:, 0])
+        loss = torch.zeros_like(gradient[0])
         for span in self._spans(2):
             rows = self._rows[span]
             logits = rows @ self._weights
             wrong = torch.sigmoid(torch.where(labeled[span], logits, -logits))  # keeps its digits
             gradient += torch.where(labeled[span], wrong, -wrong) @ rows
             variances[span] = wrong * (1 - wrong)
-        return self._value(labeled), self._pool.sum(gradient) + self._l2 * self._weights, variances
+            loss += softplus(torch.where(labeled[span], logits, -logits)).sum()
+        return self._penalised(loss), self._pool.sum(gradient) + self._l2 * self._weights, variances
 
     def _newton(self, gradient: Tensor, variances: Tensor) -> Tensor:
         """H⁻¹ gradient, or nearly that, (D + 1,), with H = Σ p (1 - p) x xᵀ + l2 I."""
