@@ -6,8 +6,13 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from queryselect import Client, InvalidInput
+from queryselect_service.choice import Choice
+from queryselect_service.maths import kmeans
+from queryselect_service.maths.distances import Points
+from queryselect_service.shards import Whole
 from tests.maths.test_kmeans import blobs, plain_start
 from tests.strategy_case import ROWS, StrategyCase
 
@@ -120,6 +125,25 @@ def test_a_row_that_is_nearest_to_two_centres_represents_the_first(local: Client
     got = local.select("k_means", 2, embeddings=x, candidates=[5, 6], weights=np.array([1.0, 1, 1, 1, 1, 0, 0]))
     assert got.indices.tolist() == [5, 6]
     np.testing.assert_allclose(got.scores, [-5.5, -39.75])
+
+
+@pytest.mark.parametrize("depth", [1, 3, 64])
+def test_rows_that_are_nearest_to_all_centres_represent_the_first(monkeypatch, depth):
+    """As do those near the mean of rows without structure; and how many are looked for at once is nobody's business."""
+    monkeypatch.setattr(kmeans, "DEPTH", depth)
+    rng = np.random.default_rng(0)
+    x, centres, masses = rng.normal(size=(150, 60)), 0.3 * rng.normal(size=(40, 60)), rng.permutation(40) + 1.0
+    points = Points(torch.from_numpy(x), Whole(150))
+    clusters = kmeans.Clusters(
+        torch.zeros(150, dtype=torch.int64), points.moved(torch.from_numpy(centres)), torch.from_numpy(masses)
+    )
+    free = rng.random(150) < 0.9
+    choice = Choice(40, torch.from_numpy(free), Whole(150))
+    picks, scores, _ = kmeans.representatives(points, clusters, choice)
+    theirs, their_scores = nearest_rows(x, centres, masses, free)
+    assert len(set(np.linalg.norm(x[:, None] - centres, axis=2).argmin(0))) < 10
+    assert picks.tolist() == theirs.tolist()
+    np.testing.assert_allclose(scores, their_scores, rtol=1e-12)
 
 
 def test_fewer_distinct_rows_than_picks_are_told(local: Client):

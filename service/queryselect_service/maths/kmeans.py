@@ -36,6 +36,8 @@ FEW = 4
 SAME = 1e-6
 #: The relative difference up to which distances to a centre are ties, and that of masses, of the largest.
 TIE, SAME_MASS = 1e-10, 2.0**-40
+#: Rows per centre that are looked for at once, at the most, where the nearest are taken.
+DEPTH = 64
 #: Bytes per row that a draw touches: its number, the noise and what that is made of.
 DRAW_BYTES = 128
 
@@ -260,20 +262,27 @@ def representatives(
     allowed = choice.allowed if among is None else choice.allowed & among
     masses = (clusters.masses / clusters.masses.amax() / SAME_MASS).round_()
     centres = clusters.centres[masses.argsort(descending=True, stable=True)]  # (c, D)
-    leaders = _Leaders(points, centres, allowed)
+    leaders, begin, depth, taken = _Leaders(points, centres, allowed, 1), 0, 1, torch.zeros_like(allowed)
     indices, scores = [torch.empty(0, dtype=torch.int64, device=centres.device)], [centres.new_empty(0)]
+    numbers = torch.arange(pool.offset, pool.offset + len(allowed), device=centres.device)
     for number, centre in enumerate(centres):
         pool.progress(number, count)
-        near = leaders.scores(number)
+        near, sure = leaders.scores(number - begin)
         _, best = choice.best(near)
-        if float(best) < -float(leaders.sure[number]):  # the nearest are taken, or not free
-            near = _Leaders(points, centre[None], allowed & choice.free).scores(0)
+        if float(best) < -sure:  # the nearest are taken, as where some rows are nearest to many centres
+            begin, depth = number, min(DEPTH, 4 * depth)
+            leaders = _Leaders(points, centres[begin:], allowed & ~taken, depth)
+            near, sure = leaders.scores(0)
+            _, best = choice.best(near)
+        if float(best) < -sure:  # or not free now
+            near, _ = _Leaders(points, centre[None], allowed & choice.free, 1).scores(0)
             _, best = choice.best(near)
         if float(best) == -math.inf:
             break
         # The two rows of a cluster are equally far from their mean, whatever rounding says.
         row, _, score = choice.best(torch.where(near >= best * (1 + TIE), 0.0, -math.inf), near)
         choice.take(row)
+        taken |= numbers == row
         indices.append(row[None])
         scores.append(score[None])
     notices: tuple[Notice, ...] = ()
@@ -288,18 +297,15 @@ def representatives(
 
 
 class _Leaders:
-    """The allowed rows that may be nearest to each of the centres (c, D), as far as fast distances can tell.
+    """The allowed rows that may be among the `depth` nearest to each of the centres (c, D), by fast distances."""
 
-    sure: (c,), the distance up to which no other row can be.
-    """
-
-    def __init__(self, points: Points, centres: Tensor, allowed: Tensor) -> None:
-        least = torch.full((len(centres),), math.inf, dtype=points.work.dtype, device=centres.device)
+    def __init__(self, points: Points, centres: Tensor, allowed: Tensor, depth: int) -> None:
+        nearest = torch.full((depth, len(centres)), math.inf, dtype=points.work.dtype, device=centres.device)
         for span, table in points.tables(centres):
-            most = table + points.error_bound(table, span)
-            least = torch.minimum(least, most.masked_fill_(~allowed[span, None], math.inf).amin(0))
-        for (other,) in points.pool.blocks(least[None]):
-            least = torch.minimum(least, other.amin(0))
+            most = (table + points.error_bound(table, span)).masked_fill_(~allowed[span, None], math.inf)
+            nearest = _least(torch.cat([nearest, _least(most, depth)]), depth)
+        nearest = _least(torch.cat([block for (block,) in points.pool.blocks(nearest)]), depth)
+        least = nearest.amax(0)
         rows, numbers = [], []
         for span, table in points.tables(centres):
             near = table - points.error_bound(table, span) <= least
@@ -318,9 +324,16 @@ class _Leaders:
             apart = points.moved(points.embeddings[self._rows[span]]).sub_(centres[number[span]])
             self._distances[span] = torch.linalg.vector_norm(apart, dim=1)
         self._none = torch.full((len(allowed),), -math.inf, dtype=torch.float64, device=centres.device)
-        self.sure = least.double().sqrt()
+        self._sure = least.double().sqrt().tolist()
 
-    def scores(self, number: int) -> Tensor:
-        """Minus the distance (n,) of the leaders to a centre; -inf for other rows."""
+    def scores(self, number: int) -> tuple[Tensor, float]:
+        """Minus the distance (n,) of the leaders to a centre, -inf for other rows; how far at least others are."""
         some = slice(*self._edges[number : number + 2])
-        return self._none.index_copy(0, self._rows[some], -self._distances[some])
+        return self._none.index_copy(0, self._rows[some], -self._distances[some]), self._sure[number]
+
+
+def _least(table: Tensor, count: int) -> Tensor:
+    """The least so many of every column (r, c), (count, c) in no order; all where there are no more."""
+    if count == 1 or len(table) <= count:
+        return table.amin(0, keepdim=True) if count == 1 else table
+    return table.topk(count, dim=0, largest=False, sorted=False).values
