@@ -69,10 +69,11 @@ def k_means(points: Points, k: int, seed: int, weights: Tensor | None = None) ->
     weights: (n,), at least 0, some of all slices above; 1 each by default. Rows without weight have a cluster and move
     none. Lloyd, Least squares quantization in PCM (1982); Arthur and Vassilvitskii, k-means++ (SODA 2007).
     """
-    pool, device, alike = points.pool, points.embeddings.device, weights is None
+    pool, device, alike = points.pool, points.embeddings.device, True
     if weights is not None:
         weights = weights.double()
         weights = weights / pool.best(weights)[1]  # so that no sum overflows
+        alike = not pool.sum(((weights > 0) & (weights < 1)).count_nonzero())
     else:
         weights = torch.ones(len(points.embeddings), dtype=torch.float64, device=device)
     centres = points.moved(_sampled_start(points, k, seed, weights))
@@ -222,7 +223,7 @@ class _Sums:
     def move(self, old: Tensor, new: Tensor) -> None:
         """Rows here are in clusters `new` (n,) and no longer `old` (n,). What is taken away leaves its rounding behind.
 
-        Nothing to speak of where all weights are alike.
+        Nothing to speak of where all weights are alike, or 0.
         """
         total, dims = torch.zeros_like(self._total), self._points.embeddings.shape[1]
         changed = (new != old).nonzero().squeeze(1)
