@@ -19,8 +19,12 @@ from torch import Tensor
 
 from benchmarks.case import Benchmark, Case, Part, Problem, load, run
 from benchmarks.machine import MB, Usage
+from queryselect_service import allocator
 from queryselect_service import strategy as strategies
 from queryselect_service.strategy import Sizes
+
+#: What is larger goes back to the system at once.
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Weighed:
 def measure(benchmark: Benchmark, case: Case, way: str, device: str, *, once: bool = False) -> Weighed:
     """Runs `way`, ours or the name of a peer. Raises RuntimeError where the process failed.
 
-    once: what the run took counts too, so that its allocator is the one that everybody has, which takes less time.
+    once: what the run took counts too, so that its allocator is that of other rounds, which takes less time.
     """
     told = [
         benchmark.strategy,
@@ -46,7 +50,7 @@ def measure(benchmark: Benchmark, case: Case, way: str, device: str, *, once: bo
         device,
     ]
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(told)]
-    env = os.environ if once else os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    env = os.environ if once else os.environ | {THRESHOLD: str(1 << 20)}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError((ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1])
@@ -58,6 +62,8 @@ def main() -> None:
     """What the process does: makes the inputs, runs once on small ones, and measures."""
     strategy, title, sizes, dtype, way, device = json.loads(sys.argv[1])
     strategies.load()
+    if THRESHOLD not in os.environ:
+        allocator.prepare()
     benchmark = next(each for each in load(strategy) if each.title == title)
     plain = Case(Sizes(**sizes), getattr(torch, dtype))
     declared = (benchmark.quick, *benchmark.cpu, *benchmark.cuda)
