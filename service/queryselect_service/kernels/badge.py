@@ -17,7 +17,7 @@ from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import Choice, Notice, NoticeCode, ScoreKind, Selection, Sizes, Task, strategy
 
 #: Picks that all rows meet at once at the latest, and rows that are proposed for a pick before they have to.
-TOGETHER, PROPOSALS = 64, 16
+TOGETHER, PROPOSALS = 128, 16
 #: Bytes per entry of a row that work on float64 rows touches, four times over: shorter spans stay in the cache.
 BYTES = 128
 
@@ -34,7 +34,7 @@ def _memory(sizes: Sizes, spec: Badge) -> int:
     wide = sizes.D + sizes.C
     spans = min(SPAN_BYTES // 4, 24 * sizes.N * (wide + TOGETHER)) + 16 * TOGETHER * wide
     copy = copy_bytes(sizes.D, sizes.item, normalize=spec.normalize)
-    return sizes.N * (48 + copy) + spans + sizes.k * (sizes.D * sizes.item + 32)
+    return sizes.N * (64 + copy) + spans + sizes.k * (sizes.D * sizes.item + 32)
 
 
 @strategy(
@@ -68,10 +68,10 @@ def badge(
     the first pick is |g|². What is labelled plays no part, as in the paper. Gradients are never written out: a product
     of a's and one of h's are enough.
 
-    D² only falls, so what it was is an upper bound: rows are proposed in proportion to that and accepted with
-    probability D² over it, which draws from D² itself (von Neumann's rejection), and all rows meet several picks at
-    once. Where no gradient tells the remaining rows apart, as when predictions are saturated, the others are chosen
-    farthest-first by embedding, with a warning.
+    D² only falls, so what it was is an upper bound, and so is (|g(x)| + |g(c)|)² for any pick: rows are proposed in
+    proportion to such a bound and accepted with probability D² over it, which draws from D² itself (von Neumann's
+    rejection), and all rows meet many picks at once, if ever. Where no gradient tells the remaining rows apart, as when
+    predictions are saturated, the others are chosen farthest-first by embedding, with a warning.
 
     >>> h = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
     >>> p = Predictions(torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.9, 0.1]]))
@@ -131,8 +131,9 @@ class _Gradients:
     def squared(self, a: Tensor, h: Tensor, lengths: Tensor, picks: _Picks) -> Tensor:
         """The D² (r,) of rows by their factors to the nearest pick; 0 where it is no more than its rounding."""
         both = lengths[:, None] + picks.lengths  # (r, m)
-        found = both - 2 * (a @ picks.a.T) * (h @ picks.h.T)
-        return torch.where(found > self.rounding * both, found, 0.0).amin(1)
+        products = (a @ picks.a.T).mul_(h @ picks.h.T)
+        # What rounding may have added is taken off, so that a row like a pick has nothing left.
+        return both.mul_(1 - self.rounding).sub_(products, alpha=2).amin(1).clamp_min_(0)
 
 
 @dataclass(frozen=True)
@@ -155,25 +156,35 @@ class _Draws:
 
     def __init__(self, gradients: _Gradients, choice: Choice, seed: int) -> None:
         self._gradients, self._choice, self._pool, self._seed = gradients, choice, gradients.pool, seed
-        self._nearest = torch.full_like(gradients.lengths, torch.inf)  # (n,), D² to the picks that all rows have met
+        self._nearest = torch.full_like(gradients.lengths, torch.inf)  # (n,), D² at the most to picks all have met
         self._new: _Picks | None = None  # those that only proposals have met
         # What rows are proposed by: D² as it was, its sums up to every row, what other slices have before, and in all.
         self._weights = self._sums = gradients.lengths
         self._before = self._total = self._sums.new_zeros(())
+        self._shortest = self._sums.new_full((1,), torch.inf)  # |g|² of the pick of the shortest gradient
         self._step, self._ready = 0, False
 
     def after(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """A global row () drawn once `row` () is picked, and its D² (); that is 0 where no free row has any."""
         pick = self._pick(row)
+        if pick.lengths < self._shortest:
+            # By their lengths alone gradients are no farther from it than this, which is told without meeting it.
+            far = (self._gradients.lengths.sqrt() + pick.lengths.sqrt()).square_()
+            self._nearest, self._shortest, self._ready = torch.minimum(self._nearest, far), pick.lengths, False
         self._new = pick if self._new is None else self._new.and_these(pick)
         self._step += 1
-        for last in (False, True):
-            if last or not self._ready or len(self._new.lengths) > TOGETHER:
-                # First by all rows that may be chosen at all: limits that do not bind must change no draw.
-                self._meet(self._choice.free if last else self._choice.allowed)
-            drawn = self._propose(PROPOSALS * last)
+        if not self._ready:
+            self._weigh(self._choice.allowed)
+        # First by all rows that may be chosen at all: limits that do not bind must change no draw.
+        for attempt, mask in enumerate((None, self._choice.allowed, self._choice.free)):
+            if mask is None and len(self._new.lengths) > TOGETHER:
+                continue
+            if mask is not None:
+                self._meet()
+                self._weigh(mask)
+            drawn = self._propose(PROPOSALS * attempt)
             if drawn is not None:
-                self._ready = not last  # rows that are not free now may be so later
+                self._ready = mask is not self._choice.free  # rows that are not free now may be so later
                 return drawn
         return row, torch.zeros_like(self._total)
 
@@ -184,14 +195,18 @@ class _Draws:
         a, h = g.factors(here)
         return _Picks(*(self._pool.sum(x.sum(0, keepdim=True)) for x in (a, h, g.lengths[here])))
 
-    def _meet(self, allowed: Tensor) -> None:
-        """All rows meet the new picks, and are weighed anew where they are allowed (n,)."""
+    def _meet(self) -> None:
+        """All rows meet the new picks."""
         g, new = self._gradients, self._new
         if new is not None:
             for span in self._pool.spans(len(g.lengths), g.row_bytes + BYTES * len(new.lengths)):
                 found = g.squared(*g.factors(span), g.lengths[span], new)
                 self._nearest[span] = torch.minimum(self._nearest[span], found)
-        self._new, self._ready = None, True
+        self._new = None
+
+    def _weigh(self, allowed: Tensor) -> None:
+        """Rows are proposed by D² as it was when all rows met picks last, where they are allowed (n,)."""
+        self._ready = True
         self._weights = torch.where(allowed, self._nearest, 0.0)
         self._sums = self._weights.cumsum(0)
         mine = torch.stack([self._sums.new_tensor(self._pool.offset), self._sums[-1:].sum()])
