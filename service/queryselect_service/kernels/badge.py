@@ -184,7 +184,7 @@ class _Draws:
                 self._weigh(mask)
             drawn = self._propose(PROPOSALS * attempt)
             if drawn is not None:
-                self._ready = mask is not self._choice.free  # rows that are not free now may be so later
+                self._ready = attempt < 2  # rows that are not free now may be so later
                 return drawn
         return row, torch.zeros_like(self._total)
 
