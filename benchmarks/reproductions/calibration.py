@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.reproductions import runs
-from benchmarks.reproductions.data import LabeledSet, MissingData, load
+from benchmarks.reproductions.data import LabeledSet
 from benchmarks.reproductions.fast_fishing import plain_probe
 from benchmarks.reproductions.runs import Method, Row
 from queryselect import Client
@@ -115,37 +115,19 @@ def report(rows: list[Row]) -> str:
     return "\n".join([*runs.table(rows, METHODS, {}, columns=4), *runs.paired(rows, METHODS, PAIRS)])
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproductions.calibration", description=summary)
-    runs.add_options(parser, METHODS, "a folder that holds banking77/ and mnist/")
-    parser.add_argument("--set", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
-    chosen = parser.parse_args(arguments)
-    if chosen.seeds < 1:
-        parser.error("there must be a seed")
-    return chosen
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is asked for and was not kept before, and tells it."""
-    chosen = parse(arguments)
-    try:
-        sets = {name: load(chosen.data, SETTINGS[name].source) for name in chosen.set}
-    except (MissingData, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    parser = runs.parser("calibration", __doc__, METHODS, "a folder that holds banking77/ and mnist/")
+    return runs.each_set(parser, SETTINGS, arguments, series)
+
+
+def series(of_set: str, data: LabeledSet, chosen: argparse.Namespace) -> None:
+    """One set: what is asked for and was not kept before, told."""
+    setting = SETTINGS[of_set].quick if chosen.quick else SETTINGS[of_set]
+    kind = "-".join([NAME, of_set, *(["quick"] if chosen.quick else [])])
     tasks = [(name, seed) for seed in range(chosen.seeds) for name in chosen.methods]
-    for of_set, data in sets.items():
-        setting = SETTINGS[of_set].quick if chosen.quick else SETTINGS[of_set]
-        kind = "-".join([NAME, of_set, *(["quick"] if chosen.quick else [])])
-
-        def one(name: str, seed: int, data: LabeledSet = data, setting: Setting = setting) -> Row:
-            return play(data, name, seed, setting)
-
-        rows = runs.play(kind, asdict(setting), tasks, one, chosen.results)
-        print(report(rows))
-    return 0
+    rows = runs.play(kind, asdict(setting), tasks, lambda name, seed: play(data, name, seed, setting), chosen.results)
+    print(report(rows))
 
 
 if __name__ == "__main__":

@@ -191,9 +191,7 @@ def _rows(text: str) -> float:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproductions.multilabel_text", description=summary)
-    runs.add_options(parser, METHODS, f"a folder that holds {SET}/")
+    parser = runs.parser("multilabel_text", __doc__, METHODS, f"a folder that holds {SET}/")
     usual = Sizes()
     for name, what in (("initial", "labelled at first"), ("budget", "asked for in each round")):
         said = f"rows {what}, or their share of the pool (default %(default)s)"

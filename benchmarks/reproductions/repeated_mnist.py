@@ -6,7 +6,6 @@ Kirsch, van Amersfoort and Gal, BatchBALD: efficient and diverse batch acquisiti
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -139,20 +138,9 @@ def report(rows: list[Row]) -> str:
     return "\n".join([*runs.table(rows, METHODS, more), *runs.paired(rows, METHODS, PAIRS)])
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproductions.repeated_mnist", description=summary)
-    runs.add_options(parser, METHODS, "a folder that holds mnist/")
-    chosen = parser.parse_args(arguments)
-    if chosen.seeds < 1:
-        parser.error("there must be a seed")
-    return chosen
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is asked for and was not kept before."""
-    chosen = parse(arguments)
+    chosen = runs.parsed(runs.parser("repeated_mnist", __doc__, METHODS, "a folder that holds mnist/"), arguments)
     sizes = QUICK if chosen.quick else Sizes()
     kind = NAME + ("-quick" if chosen.quick else "")
     try:

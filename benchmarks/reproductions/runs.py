@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks import machine
+from benchmarks.reproductions.data import LabeledSet, MissingData, load
 from benchmarks.reproductions.drawing import draw
 from queryselect.simulate import Curves, Strategy
 
@@ -24,6 +25,14 @@ from queryselect.simulate import Curves, Strategy
 Row = dict[str, Any]
 #: What a column of a table says of a method's rows.
 Column = Callable[[list[Row]], str]
+
+
+class Setting(Protocol):
+    """What a series is played with. source: the set of real data."""
+
+    @property
+    def source(self) -> str:
+        """Its name in the folder."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +162,45 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def add_options(parser: argparse.ArgumentParser, methods: Mapping[str, Method], folder: str) -> None:
-    """What can be chosen of every such reproduction."""
+def parser(
+    module: str, doc: str | None, methods: Mapping[str, Method], folder: str, seeds: int = 3
+) -> argparse.ArgumentParser:
+    """The command line of a reproduction, with what can be chosen of every one. folder: what `--data` is."""
+    summary = (doc or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.reproductions.{module}", description=summary)
     parser.add_argument("--data", type=Path, required=True, help=folder)
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=seeds, help="how many (default %(default)s)")
     every = ", ".join(methods)
     parser.add_argument(
         "--methods", nargs="+", choices=methods, default=list(methods), metavar="METHOD", help=f"of {every}"
     )
     parser.add_argument("--quick", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--results", type=Path, default=machine.RESULTS, help="a folder (default %(default)s)")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """What was chosen; ends the process where that is no seed."""
+    chosen = parser.parse_args(arguments)
+    if chosen.seeds < 1:
+        parser.error("there must be a seed")
+    return chosen
+
+
+def each_set(
+    parser: argparse.ArgumentParser,
+    settings: Mapping[str, Setting],
+    arguments: list[str] | None,
+    series: Callable[[str, LabeledSet, argparse.Namespace], None],
+) -> int:
+    """Lets `--set` choose among the settings, loads what they are of, and runs a series on each; the exit status."""
+    parser.add_argument("--set", nargs="+", choices=settings, default=list(settings), help="default: all")
+    chosen = parsed(parser, arguments)
+    try:
+        sets = {name: load(chosen.data, settings[name].source) for name in chosen.set}
+    except (MissingData, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    for name, data in sets.items():
+        series(name, data, chosen)
+    return 0

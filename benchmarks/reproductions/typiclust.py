@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.reproductions import runs
-from benchmarks.reproductions.data import LabeledSet, MissingData, load
+from benchmarks.reproductions.data import LabeledSet
 from benchmarks.reproductions.fast_fishing import plain_probe
 from benchmarks.reproductions.runs import Row
 from queryselect import Client
@@ -226,30 +226,10 @@ def _gain(rows: list[Row], drawn: Mapping[int, Row], at: int | None) -> str:
     return runs.plus_minus(numbers, "+" if drawn else "")
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproductions.typiclust", description=summary)
-    runs.add_options(parser, METHODS, "a folder that holds banking77/ and mnist/")
-    parser.set_defaults(seeds=5)
-    parser.add_argument("--set", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
-    chosen = parser.parse_args(arguments)
-    if chosen.seeds < 1:
-        parser.error("there must be a seed")
-    return chosen
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is asked for and was not kept before."""
-    chosen = parse(arguments)
-    try:
-        sets = {name: load(chosen.data, SETTINGS[name].source) for name in chosen.set}
-    except (MissingData, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    for name, data in sets.items():
-        series(name, data, chosen)
-    return 0
+    parser = runs.parser("typiclust", __doc__, METHODS, "a folder that holds banking77/ and mnist/", seeds=5)
+    return runs.each_set(parser, SETTINGS, arguments, series)
 
 
 def series(of_set: str, data: LabeledSet, chosen: argparse.Namespace) -> None:

@@ -17,14 +17,7 @@ from queryselect import Client
 
 ROWS, DIMS, CLASSES = 120, 5, 3
 
-
-@pytest.fixture(autouse=True)
-def alone():
-    """Threads that wait for each other where the machine is busy take longer than work this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

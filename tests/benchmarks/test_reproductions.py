@@ -7,7 +7,6 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-import torch
 from threadpoolctl import threadpool_limits
 
 from benchmarks.reproductions import fast_fishing
@@ -33,13 +32,10 @@ def folder(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def alone():
-    """Threads that wait for each other where the machine is busy take longer than work this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def alone(one_thread):
+    """Of scikit-learn's and numpy's too."""
     with threadpool_limits(1):
         yield
-    torch.set_num_threads(before)
 
 
 def run(folder, results, *more):

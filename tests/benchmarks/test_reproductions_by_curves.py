@@ -22,14 +22,7 @@ from queryselect.simulate import curves
 
 DATA = Path(__file__).parents[1] / "data"
 
-
-@pytest.fixture(autouse=True)
-def alone():
-    """Threads that wait for each other where the machine is busy take longer than work this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def conv(training, seed=0):
