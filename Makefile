@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: help demo test check lint types format proto release-proto slow bench bench-service clean
+.PHONY: help demo test check lint types format proto release-proto slow nightly bench bench-service clean
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -34,7 +34,7 @@ demo: .venv/.demo ## A real active-learning loop on real images, and demo/report
 	$(BIN)/python -m demo
 
 test: .venv/.dev ## The test suite; needs nothing but Python
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m 'not slow and not nightly and not gpu'
 
 check: .venv/.dev lint types ## Lint, types, generated code in sync, proto lint and breaking check
 	scripts/proto --check
@@ -61,11 +61,14 @@ release-proto: ## Keeps the proto image of this release, for the breaking check
 slow: .venv/.dev ## What needs other tools or time
 	$(BIN)/python -m pytest -m slow
 
+nightly: .venv/.dev ## What is longer still
+	$(BIN)/python -m pytest -m nightly
+
 bench: .venv/.bench ## Every strategy against its peers and the machine's limits (ARGS="--scaling margin": how it grows)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-bench-service: .venv/.demo ## How fast a pool gets to the server, against a plain TCP connection
-	$(BIN)/python -m benchmarks.transport
+bench-service: .venv/.dev ## What the service can take: transport, load, cancelling, broken requests (ARGS="load health")
+	$(BIN)/python -m benchmarks.service $(ARGS)
 
 clean: ## Removes what make made
 	rm -rf .venv .venv-proto demo/report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis

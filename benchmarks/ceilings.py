@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import timed
-from benchmarks.loopback import receiver, tcp
 from benchmarks.progress import Progress
+from benchmarks.service.loopback import receiver, tcp
 
 TRIES = 7
 

@@ -42,10 +42,15 @@ def name() -> str:
     return f"{os.uname().machine}-{os.cpu_count()}-cores"
 
 
+def kept_at(kind: str, machine: str, folder: Path = RESULTS) -> Path:
+    """Where `keep` writes."""
+    return folder / f"{kind}-{machine}.json"
+
+
 def keep(kind: str, machine: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Writes what a run of one kind found, dated, for one machine; gives the path, short where it can be."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{kind}-{machine}.json"
+    path = kept_at(kind, machine, folder)
     path.write_text(json.dumps({"date": datetime.now(UTC).date().isoformat(), **result}, indent=2) + "\n")
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 

@@ -21,7 +21,7 @@ class Sleepy(Spec):
     """Its parameters."""
 
     seconds: float = parameter(0.0, "How long to work", low=0, unit="seconds")
-    fail: str = parameter("", "How to fail: bug, device, host, allocator, or not at all")
+    fail: str = parameter("", "How to fail: bug, device, host, allocator, lost, thread, or not at all")
 
 
 #: The last moment at which a sleepy kernel was seen at work (time.monotonic).
@@ -39,6 +39,10 @@ def sleepy(*, k: int, spec: Sleepy, candidates: Tensor, pool: Shards) -> Selecti
         raise MemoryError
     if spec.fail == "allocator":
         torch.empty(1 << 50, dtype=torch.uint8)  # torch's allocator on the host has no error of its own
+    if spec.fail == "lost":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if spec.fail == "thread":
+        raise RuntimeError("can't start new thread")
     until = time.monotonic() + spec.seconds
     while time.monotonic() < until:
         pool.check()

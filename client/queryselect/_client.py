@@ -250,7 +250,9 @@ class Client:
 
     def strategies(self) -> list[strategy_pb2.StrategyDescription]:
         """What the server can run: each strategy with its inputs, parameters, cost and paper."""
-        return list(self._open().list_strategies(self._timeout).strategies)
+        listed = list(self._open().list_strategies(self._timeout).strategies)
+        self._described = {each.name: each for each in listed}
+        return listed
 
     def server_info(self) -> server_pb2.GetServerInfoResponse:
         """The server's version, devices and limits."""

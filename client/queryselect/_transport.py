@@ -207,10 +207,10 @@ class InProcess:
                 report("selecting", done, total)
             except BaseException as error:  # noqa: BLE001  # the caller's own: raised below, in the caller's thread
                 failed.append(error)
-                call.gone.set()
+                call.leave()
 
         call = self._local.call(prepared.message.request_id, timeout, note)
-        cancel.attach(call.gone.set)
+        cancel.attach(call.leave)
         buffers = {path: array.data for path, array in prepared.arrays.items()}
         try:
             return self._local.select(prepared.message, buffers, call), {}

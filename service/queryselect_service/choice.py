@@ -129,7 +129,10 @@ class Choice:
         """Chooses a global row ()."""
         if not self.limited:
             self._made += 1
-            self.free &= self._rows() != row
+            if len(self.free):
+                place = (row - self._pool.offset)[None]
+                near = place.clamp(0, len(self.free) - 1)  # a row of this place, told without asking the device
+                self.free[near] &= near != place
             return
         number = int(row)
         at = number - self._pool.offset
@@ -273,11 +276,6 @@ class Choice:
         return -float(self._pool.best(-least[None])[1])
 
     # Bookkeeping. What the host knows is the same in all slices.
-
-    def _rows(self) -> Tensor:
-        """The global numbers (n,) of the rows here."""
-        offset = self._pool.offset
-        return torch.arange(offset, offset + len(self.free), device=self.free.device)
 
     def _is_here(self, rows: Tensor) -> Tensor:
         """Which of these global rows stand in this place."""

@@ -3,7 +3,8 @@
 Requirements that the design meets:
 
 - One job at a time on a device: two would only share its bandwidth and double the memory. A thread of its own runs
-  them, in the order of `queue.py`; nothing else waits for it.
+  them, in the order of `queue.py`; nothing else waits for it. Small pointwise jobs side by side were tried: on two
+  cores they made no request faster and took a fifth more, since what they wait for is Python's lock.
 - A request is admitted before its bytes travel: it has a place, and the memory that it will need is set aside.
 - A selection stops at the next check of shards.py's verbs once its caller has gone or its deadline has passed.
 - A device that runs out of memory fails one request, never the server.
@@ -11,13 +12,13 @@ Requirements that the design meets:
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,15 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from queryselect_service.errors import (
-    Busy,
-    Cancelled,
-    DeadlineExceeded,
-    DoesNotFit,
-    OutOfMemory,
-    OverLimit,
-    Unavailable,
-)
+from queryselect_service.call import Call
+from queryselect_service.errors import Busy, DeviceLost, DoesNotFit, OutOfMemory, OverLimit, ServiceError, out_of_memory
 from queryselect_service.queue import RETRY_AFTER, Job, Queue, Room
 from queryselect_service.request import Problem, Request
 from queryselect_service.settings import Settings
@@ -42,7 +36,7 @@ from queryselect_service.strategy import Selection
 
 Result = TypeVar("Result")
 
-#: How often a waiting caller looks whether it is still wanted, in seconds.
+#: How often who waits for a client's next message looks whether it is still wanted, in seconds.
 POLL = 0.05
 #: The part of a GPU's memory that requests may fill; the rest is for its libraries.
 DEVICE_PART = 0.9
@@ -50,31 +44,13 @@ DEVICE_PART = 0.9
 STAGE_BYTES = 32 << 20
 
 
-@dataclass(eq=False)
-class Call:
-    """One caller: whether it still wants the answer, until when (time.monotonic), and whom to tell how far it is.
-
-    reserved: bytes that were set aside when it was admitted.
-    """
-
-    request_id: str
-    deadline: float | None = None
-    gone: threading.Event = field(default_factory=threading.Event)
-    report: Callable[[int, int], None] = lambda *_: None
-    reserved: int = 0
-
-    def check(self) -> None:
-        """Raises Cancelled or DeadlineExceeded."""
-        if self.deadline is not None and time.monotonic() > self.deadline:  # first: then the caller goes, too
-            raise DeadlineExceeded("the caller's deadline has passed")
-        if self.gone.is_set():
-            raise Cancelled("the caller has gone")
-
-
 @dataclass
 class Times:
-    """Seconds that a request spent in each phase, and the most bytes it held on the device, where that can be told."""
+    """When a request came (time.monotonic), the seconds that it spent in each phase, and the most bytes that it held on
+    the device, where that can be told.
+    """
 
+    started: float = field(default_factory=time.monotonic)
     queue: float = 0.0
     receive: float = 0.0
     decode: float = 0.0
@@ -92,14 +68,18 @@ class Engine:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
+        #: Set when a selection or a probe found the device lost, until a probe finds it at work again.
+        self.lost = threading.Event()
         self.queue = Queue(settings.queue_ageing)
         where = "cpu" if self.device.type == "cpu" else "the host"
-        self.host = Room(where, settings.max_queue + 1, settings.max_host_bytes)
+        clear_in = self.queue.clear_in
+        self.host = Room(where, settings.max_queue + 1, settings.max_host_bytes, clear_in=clear_in)
         self.own_memory: Room | None = None  # the device's own, where it has some that is not the host's
         if self.device.type == "cuda":
             self.probe()  # a device that is not there is told of as such
             _, total = self.memory()
-            self.own_memory = Room(str(self.device), self.host.places, int(DEVICE_PART * total))
+            capacity = int(DEVICE_PART * total)
+            self.own_memory = Room(str(self.device), self.host.places, capacity, clear_in=clear_in)
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         weakref.finalize(self, self.queue.close)
@@ -109,7 +89,9 @@ class Engine:
         try:
             torch.zeros(2, device=self.device).sum().item()
         except Exception as error:  # torch asserts where it was built without CUDA
+            self.lost.set()
             raise RuntimeError(f"device {self.device} does not work: {error}") from error
+        self.lost.clear()
 
     @property
     def model(self) -> str | None:
@@ -129,8 +111,14 @@ class Engine:
 
         held: bytes of the request's tensors that this process keeps for it. resident: whether the kernel has its inputs
         as a whole, not a block of rows at a time.
-        Raises OverLimit or DoesNotFit where the request is too large for ever, Busy where there is no room now.
+        Raises OverLimit or DoesNotFit where the request is too large for ever, Busy where there is no room now,
+        DeviceLost where the device does not work.
         """
+        if self.lost.is_set():  # before anything large travels
+            try:
+                self.probe()
+            except RuntimeError as error:
+                raise DeviceLost(str(error)) from None
         place = Place(self, request, call, times, held=held, resident=resident)
         try:
             place.enter()
@@ -176,7 +164,9 @@ class Engine:
 def _serve(queue: Queue) -> None:
     """What the device's thread does. It knows the queue only, so that an engine nobody holds can go."""
     while (job := queue.take()) is not None:
+        started = time.monotonic()
         job.run()
+        queue.done(job, time.monotonic() - started)
         del job  # or its outcome would live until the next one comes
 
 
@@ -219,16 +209,16 @@ class Place:
             if need > room.capacity:
                 raise DoesNotFit(request.strategy.name, need, room.where, room.capacity)
         for room, need in needs:
-            room.enter(need)
+            room.enter(self.call, need)
             self._rooms.append((room, need))
-        self.call.reserved = self.reserved
+        self.call.reserved, self.call.admitted = self.reserved, True
 
     def reserve(self, nbytes: int) -> None:
         """Sets more host memory aside, or less where negative. Raises Busy or, where it can never be, OverLimit."""
         room, had = self._rooms[0]
         if had + nbytes > room.capacity:
             raise OverLimit("bytes of host memory", had + nbytes, room.capacity, name="max_host_bytes", field="pool")
-        room.reserve(nbytes)
+        room.reserve(self.call, nbytes)
         self._rooms[0] = (room, had + nbytes)
 
     def settle(self) -> None:
@@ -242,16 +232,17 @@ class Place:
         for at, ((room, had), by) in enumerate(zip(self._rooms, changes, strict=False)):
             if by > 0 and had + by > room.capacity:
                 raise DoesNotFit(self._request.strategy.name, had + by, room.where, room.capacity)
-            room.reserve(by)
+            room.reserve(self.call, by)
             self._rooms[at] = (room, had + by)
 
     def leave(self) -> None:
         """Gives everything back, once nothing runs any more."""
-        if self._job is not None and not self._engine.queue.withdraw(self._job) and not self._job.outcome.done():
-            self.call.gone.set()
+        if self._job is not None and not self._engine.queue.withdraw(self._job):
+            self.call.leave()
             self._job.outcome.exception()  # waits
-        for room, nbytes in self._rooms:
-            room.leave(nbytes)
+            self._job.forget()
+        for room, _ in self._rooms:
+            room.leave(self.call)
 
     # Turns
 
@@ -284,7 +275,9 @@ class Place:
 
     def start(self, work: Callable[[], Result], size: float) -> Job[Result]:
         """Puts work in the line, one job at a time. size: multiply-adds."""
-        self._job = job = Job(lambda: self._guarded(work, job.since), size)
+        self._job = job = Job(lambda: self._guarded(work, job.since), size, self.call.peer)
+        stirred = self.call.stirred  # and not self: an outcome must hold on to nothing
+        job.outcome.add_done_callback(lambda _: stirred.set())
         self._engine.put(job)
         return job
 
@@ -293,21 +286,21 @@ class Place:
 
         Raises Cancelled, DeadlineExceeded or Busy where the job has not begun and will not.
         """
-        until, queue = time.monotonic() + seconds, self._engine.queue
+        until, queue, call = time.monotonic() + seconds, self._engine.queue, self.call
+        patience = self._engine.settings.queue_wait
+        last = min(job.since + patience, math.inf if call.deadline is None else call.deadline)  # to begin
         while True:
-            try:
-                job.outcome.exception(min(POLL, max(0.0, until - time.monotonic())))
-            except NotYet:
-                pass
-            else:
+            left = (until if job.begun else min(until, last)) - time.monotonic()
+            call.stirred.wait(max(0.0, left))
+            call.stirred.clear()
+            if job.outcome.done():
                 return True
-            patience = self._engine.settings.queue_wait
-            late = time.monotonic() - job.since > patience
-            if (late or self._unwanted()) and queue.withdraw(job):
+            now = time.monotonic()
+            if (now > last or self._unwanted()) and queue.withdraw(job):
                 self._job = None
                 self.call.check()
-                raise Busy(f"{self._engine.device} was not free within {patience:g} s", retry_after=RETRY_AFTER)
-            if time.monotonic() >= until:
+                raise Busy(f"{self._engine.device} was not free within {patience:g} s", retry_after=queue.clear_in())
+            if now >= until:
                 return False
 
     def result(self, job: Job[Result]) -> Result:
@@ -326,13 +319,14 @@ class Place:
     def _unwanted(self) -> bool:
         try:
             self.call.check()
-        except (Cancelled, DeadlineExceeded):
+        except ServiceError:
             return True
         return False
 
     def _guarded(self, work: Callable[[], Result], since: float) -> Result:
         """The work, in the device's thread."""
         self.times.queue += time.monotonic() - since
+        self.call.begun = True
         cuda = self._engine.device.type == "cuda"
         try:
             self.call.check()
@@ -344,9 +338,10 @@ class Place:
                 peak = torch.cuda.max_memory_allocated(self._engine.device)
                 self.times.peak_bytes = max(peak, self.times.peak_bytes or 0)
         except (MemoryError, RuntimeError) as error:
-            if not _ran_out(error):
-                if str(error).startswith("CUDA error"):  # every later use of the device fails too
-                    raise Unavailable(f"{self._engine.device} is lost") from error
+            if not out_of_memory(error):
+                if str(error).startswith("CUDA error"):  # every later use of the device may fail too
+                    self._engine.lost.set()
+                    raise DeviceLost(f"{self._engine.device} is lost") from error
                 raise
             if cuda:
                 traceback.clear_frames(error.__traceback__)  # they hold the very tensors that filled the memory
@@ -354,9 +349,3 @@ class Place:
             message = f"{self._engine.device} is out of memory; its caches are empty now"
             raise OutOfMemory(message, retry_after=RETRY_AFTER) from None
         return result
-
-
-def _ran_out(error: Exception) -> bool:
-    """Whether memory ended: of the device, of Python, or of torch's allocator on the host, which has no own error."""
-    texts = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in texts)

@@ -9,7 +9,9 @@
     ├── OutOfMemory        the device ran out in spite of the estimate             RESOURCE_EXHAUSTED
     ├── DataLoss           bytes changed on the way, or did not come               DATA_LOSS
     ├── Aborted            the stream was silent for too long                      ABORTED
+    │   └── TooSlow        the upload was too slow for too long                    ABORTED
     ├── Unavailable        the server is draining                                  UNAVAILABLE
+    │   └── DeviceLost     its device does not work                                UNAVAILABLE
     ├── Cancelled          the caller went away                                    CANCELLED
     └── DeadlineExceeded   the caller's deadline passed                            DEADLINE_EXCEEDED
 
@@ -20,6 +22,8 @@ fault. Kernels raise InvalidInput; they know no gRPC, so codes are names here.
 from __future__ import annotations
 
 from typing import ClassVar
+
+import torch
 
 
 class ServiceError(Exception):
@@ -105,10 +109,22 @@ class Aborted(ServiceError):
     code, reason = "ABORTED", "IDLE"
 
 
+class TooSlow(Aborted):
+    """The upload was too slow for too long: start again, from nearer by."""
+
+    reason = "SLOW"
+
+
 class Unavailable(ServiceError):
     """The server is going away: try another."""
 
     code, reason = "UNAVAILABLE", "DRAINING"
+
+
+class DeviceLost(Unavailable):
+    """The server's device does not work: try another server, or again when it does."""
+
+    reason = "DEVICE_LOST"
 
 
 class Cancelled(ServiceError):
@@ -121,3 +137,14 @@ class DeadlineExceeded(ServiceError):
     """The caller's deadline passed."""
 
     code, reason = "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ended: the device's, Python's, that of torch's allocator on the host or of the system's threads.
+
+    The last two have no error of their own.
+    """
+    texts = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED", "can't start new thread")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )

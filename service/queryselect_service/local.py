@@ -11,8 +11,8 @@ from google.rpc import status_pb2
 
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import status
+from queryselect_service.call import Call
 from queryselect_service.checks import check_request_id
-from queryselect_service.engine import Call
 from queryselect_service.service import Service
 from queryselect_service.settings import Settings
 
@@ -45,7 +45,7 @@ class Local:
             raise StatusError(status.from_exception(error)) from error
 
     def call(self, request_id: str, timeout: float | None, report: Callable[[int, int], None]) -> Call:
-        """A caller who wants the answer within `timeout` seconds; set its `gone` to cancel. report: told how far."""
+        """A caller who wants the answer within `timeout` seconds; its `leave` cancels. report: told how far."""
         return Call(request_id, None if timeout is None else time.monotonic() + timeout, report=report)
 
     def list_strategies(self) -> strategy_pb2.ListStrategiesResponse:

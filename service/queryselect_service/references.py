@@ -72,6 +72,17 @@ def check_names(strategy: Strategy, references: Sequence[Reference]) -> None:
                 words = f"{each.path} has {field or 'no ' + wanted.field} where {sets[0].path}, of the same role, has "
                 words += given[0] or "none"
                 raise InvalidInput(words, field=f"{each.path}.{field or wanted.field}")
+            if field == given[0]:
+                _refuse_other_parts(field, each, sets[0])
+
+
+def _refuse_other_parts(field: str | None, reference: Reference, first: Reference) -> None:
+    """Raises InvalidInput where two sets of one role have a field of several tensors, and not the same ones."""
+    mine, theirs = ({name for name in each.inputs if base(name) == field} for each in (reference, first))
+    for name in sorted(mine ^ theirs):
+        here, there = ("has", "has not") if name in mine else ("lacks", "has")
+        words = f"{reference.path} {here} {name}, which {first.path}, of the same role, {there}"
+        raise InvalidInput(words, field=f"{reference.path}.{name}")
 
 
 def _refuse_missing(strategy: Strategy, wanted: Input, reference: Reference) -> None:

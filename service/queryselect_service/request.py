@@ -211,6 +211,11 @@ class Request:
             yield self.ids
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of every tensor."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
     def read(self) -> list[Array]:
         """The tensors whose values count, beside lists of rows and ids."""
         return [*self._used, *self.terms.arrays]

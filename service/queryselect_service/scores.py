@@ -7,7 +7,8 @@ from collections import deque
 
 import torch
 
-from queryselect_service.engine import POLL, Call, Place
+from queryselect_service.call import Call
+from queryselect_service.engine import POLL, Place
 from queryselect_service.queue import Job
 from queryselect_service.request import Request
 from queryselect_service.strategy import each_block, per_row, score_block

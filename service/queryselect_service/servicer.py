@@ -1,4 +1,13 @@
-"""The three gRPC services. Each method: who calls, what the Service answers, how a failure travels."""
+"""The three gRPC services. Each method: who calls, what the Service answers, how a failure travels.
+
+Requirements that the design meets:
+
+- Messages come as bytes and are read in the method's own thread: bytes that are none are the caller's fault, not gRPC's
+  INTERNAL, and gRPC's one thread for everything never reads megabytes.
+- `Select` takes its one message as a stream would, which is the same on the wire: it is counted before its message is
+  here, so that slow ones are bounded, and the message can go once it is read.
+- Selections wait in threads of their own: health and descriptions never wait for one.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +17,28 @@ import time
 import traceback
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from queryselect.v1 import (
-    selection_pb2,
-    selection_pb2_grpc,
-    server_pb2,
-    server_pb2_grpc,
-    strategy_pb2,
-    strategy_pb2_grpc,
-)
+from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import allocator, status, wire
+from queryselect_service.call import Call
 from queryselect_service.checks import check_request_id
-from queryselect_service.engine import Call
-from queryselect_service.errors import Busy, ServiceError, Unavailable
+from queryselect_service.engine import Times
+from queryselect_service.errors import Busy, Cancelled, InvalidInput, Unavailable
 from queryselect_service.metrics import Metrics
-from queryselect_service.queue import RETRY_AFTER
-from queryselect_service.service import Service
+from queryselect_service.patience import Patience
+from queryselect_service.queue import RETRY_AFTER, Room
+from queryselect_service.service import STREAMS_BEYOND, Service
+from queryselect_service.threads import started
 
-#: Selections under way beyond those that wait for the device: the one that runs, and streams that have just begun.
-STREAMS_BEYOND = 8
+#: Threads beyond those, for callers who are told that there is no room.
+REFUSING = 16
 #: A request that held as many bytes leaves pieces behind that are worth looking for.
 TRIM_BYTES = 64 << 20
 
@@ -53,7 +59,14 @@ class Frontend:
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service, self.metrics = service, metrics
         self._running, self._ended, self._draining = 0, threading.Condition(), False
-        self._selecting, self._streams = 0, Counter[str]()
+        # Each selection occupies a thread, from before its message is here.
+        most = service.settings.max_queue + STREAMS_BEYOND
+        clear_in = service.engine.queue.clear_in
+        self._selecting = Room("this server", most, 0, movable=lambda call: not call.admitted, clear_in=clear_in)
+        self._streams = Counter[str]()
+        self.patience = Patience()
+        self.threads = started(most + REFUSING, "selection")
+        service.readers = started(service.settings.max_queue + 2 * STREAMS_BEYOND, "inbox")
         metrics.in_flight.set_function(lambda: service.engine.host.taken)
         metrics.queue_depth.set_function(lambda: len(service.engine.queue))
 
@@ -62,6 +75,12 @@ class Frontend:
         with self._ended:
             self._draining = True
             self._ended.wait_for(lambda: not self._running, grace)
+
+    def close(self) -> None:
+        """Lets its threads go home."""
+        self.patience.close()
+        self.threads.shutdown(wait=False)
+        self.service.readers.shutdown(wait=False)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -78,42 +97,44 @@ class Frontend:
                 self._ended.notify_all()
 
     @contextmanager
-    def selecting(self, peer: str | None = None) -> Iterator[None]:
-        """One RPC that may wait. Raises Busy where there are too many of them, or too many streams of `peer`.
+    def selecting(self, call: Call, *, stream: bool = False) -> Iterator[None]:
+        """One RPC that may wait. Raises Busy where there are too many of them, or too many streams of its peer."""
+        self._selecting.enter(call)
+        try:
+            if not stream:
+                yield
+                return
+            with self._stream(call.peer):
+                yield
+        finally:
+            self._selecting.leave(call)
 
-        Each occupies a thread: were there no bound, health checks would wait for one.
-        """
-        settings = self.service.settings
+    @contextmanager
+    def _stream(self, peer: str) -> Iterator[None]:
+        most = self.service.settings.max_streams_per_peer
         with self._ended:
-            if self._selecting >= settings.max_queue + STREAMS_BEYOND:
-                raise Busy(f"{self._selecting} selections are under way already", retry_after=RETRY_AFTER)
-            if peer is not None and self._streams[peer] >= settings.max_streams_per_peer:
-                limit = settings.max_streams_per_peer
-                raise Busy(f"this client has {limit} streams open already", retry_after=RETRY_AFTER)
-            self._selecting += 1
-            if peer is not None:
-                self._streams[peer] += 1
+            if self._streams[peer] >= most:
+                raise Busy(f"this client has {most} streams open already", retry_after=RETRY_AFTER)
+            self._streams[peer] += 1
         try:
             yield
         finally:
             with self._ended:
-                self._selecting -= 1
-                if peer is not None:
-                    self._streams[peer] -= 1
-                    self._streams += Counter()  # forgets peers without streams
+                self._streams[peer] -= 1
+                self._streams += Counter()  # forgets peers without streams
 
     @contextmanager
-    def visit(self, rpc: str, context: grpc.ServicerContext, *, strategy: str = "") -> Iterator[Visit]:
+    def visit(self, rpc: str, context: grpc.ServicerContext) -> Iterator[Visit]:
         """One RPC at work. Whatever is raised inside aborts it: the caller is told, and the server lives."""
         started, code = time.monotonic(), grpc.StatusCode.OK
-        visit = Visit(Call(uuid.uuid4().hex), strategy)
+        visit = Visit(Call(uuid.uuid4().hex, peer=context.peer()))
         call, remaining = visit.call, context.time_remaining()
         # gRPC says "no deadline" as None, or as more seconds than a clock can count.
         if remaining is not None and remaining < threading.TIMEOUT_MAX:
             call.deadline = started + remaining
         try:
-            if not context.add_callback(call.gone.set):
-                call.gone.set()
+            if not context.add_callback(call.leave):
+                call.leave()
             self.name(visit, str(dict(context.invocation_metadata()).get("x-request-id", "")))
             with self._counted():
                 yield visit
@@ -122,8 +143,7 @@ class Frontend:
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:  # noqa: BLE001  # whatever it is
-            retry_after = error.retry_after if isinstance(error, ServiceError) else None
-            abortion = status.to_grpc(status.from_exception(error), call.request_id, retry_after)
+            abortion = status.to_grpc(error, call.request_id)
             code = abortion.code
             traceback.clear_frames(error.__traceback__)  # they hold the request's tensors, in a circle with the error
             context.abort_with_status(abortion)  # raises, which ends the RPC
@@ -140,52 +160,62 @@ class Frontend:
         check_request_id(request_id)
         visit.call.request_id = request_id or visit.call.request_id
 
+    def message(self, messages: Iterator[bytes], call: Call, context: grpc.ServicerContext) -> bytes:
+        """The one message of a unary RPC. One that takes too long to come ends as CANCELLED.
 
-class SelectionServicer(selection_pb2_grpc.SelectionServiceServicer):
+        Raises InvalidInput where there is none, Cancelled or Busy where it is not to be waited for.
+        """
+        try:
+            with self.patience.ended_after(self.service.settings.upload_grace, context, call):
+                data = next(messages, None)
+        except grpc.RpcError as error:
+            call.check()
+            raise Cancelled("the caller has gone") from error
+        call.check()
+        if data is None:
+            raise InvalidInput("this method needs one message; there is none")
+        return data
+
+
+class SelectionServicer:
     """Selections."""
 
     def __init__(self, frontend: Frontend) -> None:
         self.frontend = frontend
 
-    def Select(
-        self, request: selection_pb2.SelectRequest, context: grpc.ServicerContext
-    ) -> selection_pb2.SelectResponse:
+    def Select(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> selection_pb2.SelectResponse:
         """Answers one request with one message."""
-        frontend, service = self.frontend, self.frontend.service
-        with frontend.visit("Select", context, strategy=_strategy(request)) as visit, frontend.selecting():
-            frontend.name(visit, request.request_id)
-            return service.select(request, visit.call, largest_answer=service.settings.max_inline_bytes)
+        frontend, service, times = self.frontend, self.frontend.service, Times()
+        with frontend.visit("Select", context) as visit, frontend.selecting(visit.call):
+            message = wire.read(selection_pb2.SelectRequest, frontend.message(messages, visit.call, context))
+            times.receive = time.monotonic() - times.started
+            visit.strategy = _strategy(message)
+            frontend.name(visit, message.request_id)
+            request = service.read(message, visit.call, times)
+            del message  # which has all tensors once more
+            largest = service.settings.max_inline_bytes
+            return service.run(request, visit.call, times, held=request.nbytes, largest_answer=largest)
         raise AssertionError("a visit ends with an answer or an abortion")
 
     def SelectStream(
-        self, request_iterator: Iterator[wire.StreamMessage], context: grpc.ServicerContext
-    ) -> Iterator[wire.StreamResponse]:
+        self, messages: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[selection_pb2.SelectStreamResponse]:
         """Answers a request whose tensors come in chunks."""
         frontend = self.frontend
         with (
             frontend.visit("SelectStream", context) as visit,
-            frontend.selecting(context.peer()),
-            closing(frontend.service.select_stream(request_iterator, visit.call)) as stream,
+            frontend.selecting(visit.call, stream=True),
+            closing(frontend.service.select_stream(map(wire.read_stream_request, messages), visit.call)) as stream,
         ):
             start = stream.start()
             visit.strategy = _strategy(start)
             frontend.name(visit, start.request_id)
-            for response in stream.run(start):
+            responses = stream.run(start)
+            del start
+            for response in responses:
                 # A caller who does not take what it asked for would keep its place and its memory.
-                with ended_after(frontend.service.settings.idle_stream, context):
+                with frontend.patience.ended_after(frontend.service.settings.idle_stream, context):
                     yield response
-
-
-@contextmanager
-def ended_after(seconds: float, context: grpc.ServicerContext) -> Iterator[None]:
-    """Ends the RPC where what is done inside takes longer."""
-    timer = threading.Timer(seconds, context.cancel)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _strategy(request: selection_pb2.SelectRequest) -> str:
@@ -193,50 +223,83 @@ def _strategy(request: selection_pb2.SelectRequest) -> str:
     return request.strategy.WhichOneof("kind") or ""
 
 
-def add_selection_servicer(servicer: SelectionServicer, server: grpc.Server) -> None:
-    """What the generated function of that name does, but for chunks, which are read without copies of their bytes."""
-    messages = selection_pb2
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Select": grpc.unary_unary_rpc_method_handler(
-            servicer.Select,
-            request_deserializer=messages.SelectRequest.FromString,
-            response_serializer=messages.SelectResponse.SerializeToString,
-        ),
-        "SelectStream": grpc.stream_stream_rpc_method_handler(
-            servicer.SelectStream,
-            request_deserializer=wire.read_stream_request,
-            response_serializer=messages.SelectStreamResponse.SerializeToString,
-        ),
-    }
-    name = messages.DESCRIPTOR.services_by_name["SelectionService"].full_name
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
-
-
-class StrategyServicer(strategy_pb2_grpc.StrategyServiceServicer):
+class StrategyServicer:
     """Descriptions of strategies."""
 
     def __init__(self, frontend: Frontend) -> None:
         self.frontend = frontend
 
-    def ListStrategies(
-        self, request: strategy_pb2.ListStrategiesRequest, context: grpc.ServicerContext
-    ) -> strategy_pb2.ListStrategiesResponse:
+    def ListStrategies(self, data: bytes, context: grpc.ServicerContext) -> strategy_pb2.ListStrategiesResponse:
         """Describes every strategy."""
         with self.frontend.visit("ListStrategies", context):
+            wire.read(strategy_pb2.ListStrategiesRequest, data)
             return self.frontend.service.list_strategies()
         raise AssertionError("a visit ends with an answer or an abortion")
 
 
-class ServerServicer(server_pb2_grpc.ServerServiceServicer):
+class ServerServicer:
     """Descriptions of the server."""
 
     def __init__(self, frontend: Frontend) -> None:
         self.frontend = frontend
 
-    def GetServerInfo(
-        self, request: server_pb2.GetServerInfoRequest, context: grpc.ServicerContext
-    ) -> server_pb2.GetServerInfoResponse:
+    def GetServerInfo(self, data: bytes, context: grpc.ServicerContext) -> server_pb2.GetServerInfoResponse:
         """Describes the server."""
         with self.frontend.visit("GetServerInfo", context):
+            wire.read(server_pb2.GetServerInfoRequest, data)
             return self.frontend.service.server_info()
         raise AssertionError("a visit ends with an answer or an abortion")
+
+
+class Apart:
+    """A method that gRPC runs in threads of these, and not of those that answer everything else."""
+
+    def __init__(self, method: Callable[..., Any], threads: ThreadPoolExecutor) -> None:
+        self._method, self.experimental_thread_pool = method, threads  # gRPC's own name for it
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the method."""
+        return self._method(*arguments)
+
+
+def add_services(frontend: Frontend, server: grpc.Server) -> list[str]:
+    """Adds the three services; their names. What the generated functions do, but that messages come as bytes."""
+    selection, threads = SelectionServicer(frontend), frontend.threads
+    select, select_stream = Apart(selection.Select, threads), Apart(selection.SelectStream, threads)
+    strategies, info = StrategyServicer(frontend), ServerServicer(frontend)
+    methods: dict[Any, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {
+        selection_pb2: {
+            "Select": grpc.stream_unary_rpc_method_handler(
+                select, None, selection_pb2.SelectResponse.SerializeToString
+            ),
+            "SelectStream": grpc.stream_stream_rpc_method_handler(
+                select_stream, None, selection_pb2.SelectStreamResponse.SerializeToString
+            ),
+        },
+        strategy_pb2: {
+            "ListStrategies": grpc.unary_unary_rpc_method_handler(
+                strategies.ListStrategies, None, strategy_pb2.ListStrategiesResponse.SerializeToString
+            )
+        },
+        server_pb2: {
+            "GetServerInfo": grpc.unary_unary_rpc_method_handler(
+                info.GetServerInfo, None, server_pb2.GetServerInfoResponse.SerializeToString
+            )
+        },
+    }
+    names = []
+    for file, handlers in methods.items():
+        (service,) = file.DESCRIPTOR.services_by_name.values()
+        add_methods(server, service.full_name, handlers)
+        names.append(service.full_name)
+    return names
+
+
+def add_methods(server: grpc.Server, service: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
+    """Adds a service's methods.
+
+    Registered, too: gRPC takes one call of every registered method at a time, and one of all others together, so that a
+    health check would wait behind every selection that has just come.
+    """
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    server.add_registered_method_handlers(service, handlers)

@@ -52,6 +52,10 @@ class Settings:
     max_references: int = setting(16, "reference sets of one request", low=0)
     max_streams_per_peer: int = setting(64, "streams open per peer", low=1)
     idle_stream: float = setting(30.0, "silence after which a stream is aborted, seconds", low=0)
+    upload_grace: float = setting(60.0, "time that an upload may take, however slow, seconds", low=0)
+    min_upload_rate: int = setting(
+        64 << 10, "average speed below which an upload that takes longer is aborted, bytes per second; 0: none", low=0
+    )
     max_queue: int = setting(64, "requests waiting for the device", low=0)
     queue_wait: float = setting(120.0, "longest wait for the device, seconds", low=0)
     queue_ageing: float = setting(

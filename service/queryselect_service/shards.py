@@ -27,6 +27,8 @@ from queryselect_service.errors import Cancelled
 SPAN_BYTES = 64 << 20
 #: Rows among which the k highest scores are looked for at once; more where k is more.
 TOP_ROWS = 1 << 18
+#: Rows of which it is told at once whether they are among them.
+TOLD_ROWS = 1 << 22
 
 
 class Shards(Protocol):
@@ -103,7 +105,7 @@ class Whole:
     def top(self, scores: Tensor, k: int, candidates: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         """See Shards."""
         self.check()
-        at, best = _top(scores, k, candidates)
+        at, best = _top(scores, k, candidates, self.check)
         return (at, best, *(x[at] for x in rows))
 
     def blocks(self, *x: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -176,14 +178,14 @@ class Slices:
 
     def top(self, scores: Tensor, k: int, candidates: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         """See Shards."""
-        index, best = _top(scores, k, candidates)
+        index, best = _top(scores, k, candidates, self.check)
         places = torch.arange(min(k, max(self._rows)), device=scores.device)  # (w,), as many as any slice can fill
         padding = len(places) - len(index)
         mine = (index + self.offset, best, *(x[index] for x in rows))
         padded = (torch.cat([x, x.new_zeros(padding, *x.shape[1:])]) for x in mine)
         count, *found = self._meet(index.new_tensor(len(index)), *padded)  # (ranks,), (ranks, w, ...) each
         numbers, values, *theirs = (x.flatten(0, 1) for x in found)
-        at, best = _top(values, k, (places < count[:, None]).flatten())  # equal ones stand in order of rows
+        at, best = _top(values, k, (places < count[:, None]).flatten(), self.check)  # equal ones stand in order of rows
         return (numbers[at], best, *(x[at] for x in theirs))
 
     def blocks(self, *x: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -240,27 +242,33 @@ def _best(scores: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
     return (index, scores.index_select(0, at)[0], *(x.index_select(0, at)[0] for x in rows))
 
 
-def _top(scores: Tensor, k: int, candidates: Tensor) -> tuple[Tensor, Tensor]:
+def _top(scores: Tensor, k: int, candidates: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
     """The k highest of the scores (n,) among the candidates (n,), best first, equal ones in order; fewer if need be.
 
     Returns their indices and their scores.
     """
-    if k < int(candidates.sum()):
-        bar = _bar(scores, k, candidates)
-        above = ((scores > bar) & candidates).nonzero().squeeze(1)
-        at_bar = ((scores == bar) & candidates).nonzero().squeeze(1)[: k - len(above)]
-        rows = torch.cat([above, at_bar]).sort().values
-    else:
-        rows = candidates.nonzero().squeeze(1)
+    bar = _bar(scores, k, candidates, check) if k < int(candidates.count_nonzero()) else None
+    above, at_bar = [scores[:0].long()], [scores[:0].long()]
+    for start in range(0, len(scores), TOLD_ROWS):
+        check()
+        some, may = scores[start : start + TOLD_ROWS], candidates[start : start + TOLD_ROWS]
+        above.append((may if bar is None else (some > bar) & may).nonzero().squeeze(1).add_(start))
+        if bar is not None:
+            at_bar.append(((some == bar) & may).nonzero().squeeze(1)[:k].add_(start))
+    rows = torch.cat(above)
+    if bar is not None:
+        rows = torch.cat([rows, torch.cat(at_bar)[: k - len(rows)]]).sort().values
+    check()
     values = scores[rows]
     order = values.sort(descending=True, stable=True).indices
     return rows[order], values[order]
 
 
-def _bar(scores: Tensor, k: int, candidates: Tensor) -> Tensor:
+def _bar(scores: Tensor, k: int, candidates: Tensor, check: Callable[[], None]) -> Tensor:
     """The k-th highest score (), found a block at a time: looking for it takes several times the memory of a block."""
     best, step = scores[:0], max(k, TOP_ROWS)
     for start in range(0, len(scores), step):
+        check()
         block = slice(start, start + step)
         best = torch.cat([best, scores[block][candidates[block]]])
         if len(best) > k:

@@ -8,6 +8,7 @@ import enum
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from queryselect_service.errors import InvalidInput
@@ -176,14 +177,20 @@ def build(spec: type[S], values: Mapping[str, Any]) -> S:
     Raises InvalidInput, its field the parameter's name, for an unknown name (the nearest is offered), a value of the
     wrong type, or one out of range.
     """
-    types = get_type_hints(spec)
-    hints = {field.name: types[field.name] for field in dataclasses.fields(spec)}
+    hints = _hints(spec)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
     for name in values:
         if name not in hints:
             nearest = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
             offer = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(hints) or 'none'}"
             raise InvalidInput(f"there is no parameter {name}; {offer}", field=name)
     return spec(**{name: _convert(value, hints[name], name) for name, value in values.items()})
+
+
+@cache
+def _hints(spec: Any) -> dict[str, Any]:
+    """The types that the fields of a Spec declare, by name."""
+    types = get_type_hints(spec)
+    return {field.name: types[field.name] for field in dataclasses.fields(spec)}
 
 
 def value_type(hint: Any) -> tuple[Any, bool]:

@@ -11,7 +11,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from queryselect_service.errors import ServiceError
+from queryselect_service.errors import OutOfMemory, ServiceError, out_of_memory
+from queryselect_service.queue import RETRY_AFTER
 
 DOMAIN = "queryselect"
 #: The longest texts sent, in bytes. They travel in headers, percent-encoded or in base64, which hold 8 KiB in all.
@@ -20,8 +21,16 @@ MESSAGE_BYTES, FIELD_BYTES = 1000, 200
 log = logging.getLogger(__name__)
 
 
+def _named(error: BaseException) -> BaseException:
+    """The error itself, or our name for it: memory may end anywhere, and that is no bug."""
+    if not isinstance(error, ServiceError) and out_of_memory(error):
+        return OutOfMemory("this server is out of memory", retry_after=RETRY_AFTER)
+    return error
+
+
 def from_exception(error: BaseException) -> status_pb2.Status:
     """The status that tells a caller about `error`. Anything that is not ours is a bug: logged, and told by an id."""
+    error = _named(error)
     if not isinstance(error, ServiceError):
         return _bug(error)
     message, field = _short(error.message, MESSAGE_BYTES), _short(error.field, FIELD_BYTES)
@@ -53,11 +62,12 @@ def _bug(error: BaseException) -> status_pb2.Status:
     return status
 
 
-def to_grpc(status: status_pb2.Status, request_id: str, retry_after: float | None) -> grpc.Status:
+def to_grpc(error: BaseException, request_id: str) -> grpc.Status:
     """What context.abort_with_status takes: the status in the trailers, the request's id, and when to come back."""
-    plain: Any = rpc_status.to_status(status)  # a named tuple, which its stubs do not say
+    error = _named(error)
+    plain: Any = rpc_status.to_status(from_exception(error))  # a named tuple, which its stubs do not say
     extra = [("x-request-id", request_id)]
-    if retry_after is not None:
-        extra.append(("grpc-retry-pushback-ms", str(round(retry_after * 1000))))
+    if isinstance(error, ServiceError) and error.retry_after is not None:
+        extra.append(("grpc-retry-pushback-ms", str(round(error.retry_after * 1000))))
     replaced: grpc.Status = plain._replace(trailing_metadata=(*plain.trailing_metadata, *extra))
     return replaced

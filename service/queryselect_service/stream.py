@@ -6,7 +6,8 @@ Requirements that the design meets:
 - The device is not held while bytes travel: a slow client would hold up everyone. A stream has its place and its memory
   from the start, and joins the line for the device when its bytes are here.
 - A strategy that scores rows one by one scores them as they come, a few blocks per turn on the device.
-- Silence ends a stream; the server's own slowness does not count as silence.
+- Silence ends a stream, and so does an upload that is too slow for too long; the server's own slowness counts as
+  neither.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
 from queryselect.v1 import selection_pb2
 from queryselect_service import wire
-from queryselect_service.engine import POLL, Call, Place, Times
-from queryselect_service.errors import Aborted, Cancelled, InvalidInput
+from queryselect_service.call import Call
+from queryselect_service.engine import POLL, Place, Times
+from queryselect_service.errors import Aborted, Cancelled, InvalidInput, ServiceError, TooSlow
 from queryselect_service.queue import Job
 from queryselect_service.scores import Scores
 from queryselect_service.strategy import Selection
@@ -38,14 +41,14 @@ LEAVING = 0.1
 
 
 class Inbox:
-    """The client's messages, read by a thread of its own, so that silence and cancellation are noticed."""
+    """The client's messages, read by another thread, so that silence and cancellation are noticed."""
 
-    def __init__(self, messages: Iterator[wire.StreamMessage]) -> None:
+    def __init__(self, messages: Iterator[wire.StreamMessage], threads: Executor) -> None:
         self._messages, self._waiting = messages, deque[wire.StreamMessage]()
         self._changed, self._ended, self._closed = threading.Condition(), False, False
         self._error: Exception | None = None
         self._ahead = 1  # nothing but the start until there is room for more
-        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+        threads.submit(self._read)
 
     def _read(self) -> None:
         try:
@@ -76,11 +79,16 @@ class Inbox:
             return self._changed.wait_for(lambda: bool(self._waiting) or self._ended, seconds)
 
     def take(self) -> wire.StreamMessage | None:
-        """The next message, after `wait`; None at the end. Raises Cancelled where the messages broke off."""
+        """The next message, after `wait`; None at the end.
+
+        Raises Cancelled where the messages broke off, InvalidInput where one is none.
+        """
         with self._changed:
             if self._waiting:
                 self._changed.notify_all()
                 return self._waiting.popleft()
+        if isinstance(self._error, ServiceError):
+            raise self._error
         if self._error is not None:
             raise Cancelled("the caller has gone") from self._error
         return None
@@ -98,8 +106,8 @@ class Stream:
 
     def __init__(self, service: Service, messages: Iterator[wire.StreamMessage], call: Call) -> None:
         self._service, self._call, self._times = service, call, Times()
-        self._started = time.monotonic()
-        self._inbox = Inbox(messages)
+        self._inbox = Inbox(messages, service.readers)
+        self._waited = 0.0  # seconds for the client's messages
         self._told = 0.0  # when progress was told last
         self._step: tuple[int, int] | None = None  # of the selection: done, total
         call.report = self._note
@@ -118,9 +126,11 @@ class Stream:
     def run(self, start: selection_pb2.SelectRequest) -> Iterator[wire.StreamResponse]:
         """What follows the start. Raises ServiceError."""
         service, call, times = self._service, self._call, self._times
-        request = wire.decode(start, None, service.settings)
-        request.check(service.settings, call.check)
-        times.decode = time.monotonic() - self._started
+        with service.desk:
+            request = wire.decode(start, None, service.settings)
+            del start  # its tensors are read
+            request.check(service.settings, call.check)
+        times.decode = time.monotonic() - times.started
         blockwise = any(in_blocks(request, array) for array in request.arrays)
         engine, selection = service.engine, None
         with engine.admit(request, call, times, held=held_bytes(request), resident=not blockwise) as place:
@@ -137,7 +147,7 @@ class Stream:
                 yield from self._progress(place, job)
                 selection = place.result(job)
             large: wire.Large = {}
-            answer = service.answer(selection, request, call, times, self._started, large)
+            answer = service.answer(selection, request, call, times, large)
             yield from wire.encode_result(answer, large)
 
     def _messages(self) -> Iterator[wire.StreamMessage | None]:
@@ -145,7 +155,10 @@ class Stream:
         silent, limit = time.monotonic(), self._service.settings.idle_stream
         while True:
             self._call.check()
-            if not self._inbox.wait(POLL):
+            asked = time.monotonic()
+            come = self._inbox.wait(POLL)
+            self._waited += time.monotonic() - asked
+            if not come:
                 if time.monotonic() - silent > limit:
                     raise Aborted(f"the stream was silent for {limit:g} s")
                 yield None
@@ -163,21 +176,32 @@ class Stream:
         began, total = time.monotonic(), upload.total
         for message in self._messages():
             if isinstance(message, Part):
-                upload.write(message)
+                with self._service.desk:
+                    upload.write(message)
             elif message is not None:
                 raise InvalidInput("a stream has one start and then chunks; it has another message", field="start")
+            self._check_pace(upload.received)
             if scores is not None:
                 scores.advance(self._call)
             if self._may_tell():
                 yield wire.encode_progress("RECEIVING", upload.received, total)
         if upload.received < upload.total and self._call.gone.wait(LEAVING):
             self._call.check()
-        upload.finish()
+        with self._service.desk:
+            upload.finish()
         self._times.receive = time.monotonic() - began
         while scores is not None and not scores.finish(self._call, PROGRESS_EVERY):
             ahead = scores.ahead()
             if ahead is not None:
                 yield wire.encode_progress("QUEUED", ahead, None)
+
+    def _check_pace(self, received: int) -> None:
+        """Raises TooSlow where the client has kept its place and its memory waiting for too long."""
+        settings = self._service.settings
+        rate, late = settings.min_upload_rate, self._waited - settings.upload_grace
+        if received < rate * late:
+            words = f"{received} bytes came in {self._waited:.0f} s, fewer than {rate} per second beyond the first"
+            raise TooSlow(f"{words} {settings.upload_grace:g} s")
 
     def _progress(self, place: Place, job: Job[Selection]) -> Iterator[wire.StreamResponse]:
         """Tells how far the selection is until it has ended."""

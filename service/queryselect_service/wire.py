@@ -17,13 +17,13 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import torch
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from torch import Tensor
 
@@ -57,6 +57,8 @@ if sys.byteorder != "little":
 
 # Tensors here are views of bytes that nobody may write; kernels never write their inputs (tests/strategy_case.py).
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+Readable = TypeVar("Readable", bound=Message)
 
 #: Tensors of an answer that are better sent apart from it, by path.
 Large = dict[str, Tensor]
@@ -330,8 +332,11 @@ def decode_strategy(message: strategy_pb2.Strategy) -> tuple[Strategy, Spec, str
     chosen, values = getattr(message, name), {}
     if name == "custom":
         strategy = PLUGINS.get(chosen.name)
-        values = dict(chosen.parameters.items())
         path = f"strategy.{name}.parameters"
+        for key, value in chosen.parameters.fields.items():
+            if value.WhichOneof("kind") is None:
+                raise InvalidInput(f"parameter {key} needs a value; it has none", field=f"{path}.{key}")
+        values = dict(chosen.parameters.items())
         if strategy is None:
             plugins = ", ".join(sorted(PLUGINS)) or "none"
             raise Unsupported(f"no plug-in {chosen.name!r} is installed here; there are {plugins}", field="strategy")
@@ -518,12 +523,20 @@ StreamResponse = selection_pb2.SelectStreamResponse
 StreamMessage = selection_pb2.SelectRequest | Part | StreamRequest
 
 
+def read(kind: type[Readable], data: bytes) -> Readable:
+    """The message of that kind that the bytes are. Raises InvalidInput where they are none."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidInput(f"these {len(data)} bytes are no {kind.DESCRIPTOR.full_name}: {error}") from None
+
+
 def read_stream_request(data: bytes) -> StreamMessage:
-    """A message of SelectStream; a chunk's bytes are a view of `data`."""
+    """A message of SelectStream; a chunk's bytes are a view of `data`. Raises InvalidInput where it is none."""
     part = _read_chunk(data)
     if part is not None:
         return part
-    message = StreamRequest.FromString(data)  # a start; or a chunk in an order of fields that our own client never has
+    message = read(StreamRequest, data)  # a start; or a chunk in an order of fields that our own client never has
     if message.WhichOneof("message") == "chunk":
         chunk = message.chunk
         crc32 = chunk.crc32 if chunk.HasField("crc32") else None
@@ -604,9 +617,10 @@ def encode_limits(settings: Settings) -> server_pb2.Limits:
     """The limits in force, named as Limits names them."""
     limits = server_pb2.Limits()
     for field in limits.DESCRIPTOR.fields:
-        value = getattr(settings, f"max_{field.name}", None)
-        if value is None:
-            getattr(limits, field.name).CopyFrom(_duration(getattr(settings, field.name)))
-        else:
+        name = field.name if hasattr(settings, field.name) else f"max_{field.name}"
+        value = getattr(settings, name)
+        if field.message_type is None:
             setattr(limits, field.name, value)
+        else:
+            getattr(limits, field.name).CopyFrom(_duration(value))
     return limits

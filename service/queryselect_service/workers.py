@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from queryselect_service.threads import started
+
 Piece = TypeVar("Piece")
 
 #: The most threads: between two operations they wait for Python's lock, more of them for longer.
@@ -54,22 +56,5 @@ def each(work: Callable[[Piece], None], pieces: Sequence[Piece]) -> Iterator[Pie
 def _pool(threads: int) -> ThreadPoolExecutor:
     with _making:
         if threads not in _pools:
-            _pools[threads] = _make(threads)
+            _pools[threads] = started(threads, "piece")
         return _pools[threads]
-
-
-def _make(threads: int) -> ThreadPoolExecutor:
-    """Threads for which torch is told to use no others. Whom it meets first later on must not be told the same."""
-    before, ready = torch.get_num_threads(), threading.Barrier(threads + 1)
-
-    def begin() -> None:
-        torch.get_num_threads()  # or torch would ask for its usual number later, in the thread's first operation
-        torch.set_num_threads(1)
-        ready.wait()
-
-    pool = ThreadPoolExecutor(threads, "piece", begin)
-    for _ in range(threads):
-        pool.submit(int)  # a thread each, as none is ready yet
-    ready.wait()
-    torch.set_num_threads(before)
-    return pool

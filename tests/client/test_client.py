@@ -454,6 +454,14 @@ def test_a_server_without_descriptions_is_sent_everything() -> None:
         assert fake.request.pool.HasField("embeddings")
 
 
+def test_who_has_listed_the_strategies_does_not_ask_for_them_again() -> None:
+    with Fake() as fake, Client(fake.target) as client:
+        client.strategies()
+        fake._described = None  # asked again, it would fail, and everything would be sent
+        client.select("margin", 1, logits=POOL["logits"], embeddings=POOL["embeddings"])
+        assert not fake.request.pool.HasField("embeddings")
+
+
 def test_an_unknown_number_from_a_newer_server_is_no_error() -> None:
     class Newer(Fake):
         def Select(self, request, context):

@@ -20,6 +20,7 @@ class Left(Exception):
 
 def checks(name: str, inputs: Mapping[str, Tensor], params: Mapping[str, Any], k: int, labeled: int = 5) -> int:
     """How often a selection checks for the caller; whichever check of some it is that raises, it ends there."""
+    strategies.load()
     strategy, rows = strategies.STRATEGIES[name], len(inputs["embeddings"])
     made = 0
 

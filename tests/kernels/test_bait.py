@@ -209,6 +209,27 @@ def test_picks_do_not_depend_on_when_matrices_are_changed(local, monkeypatch, na
     np.testing.assert_allclose(often.scores, once.scores, rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["bait", "bait_binary"])
+def test_matrices_shrink_with_the_picks_where_most_are_dropped(local, monkeypatch, name):
+    """Or dropping the last of many picks would take as long as dropping the first, and longer with each."""
+    rng, sides = np.random.default_rng(4), []
+    inputs = {"embeddings": rng.standard_normal((200, 8)), "probabilities": rng.dirichlet(np.ones(3), 200)}
+    read = maths_fisher._Backward._read
+
+    def noted(self, some):
+        sides.append(self._q.shape[-1] // self._columns)
+        return read(self, some)
+
+    monkeypatch.setattr(maths_fisher._Backward, "_read", noted)
+    got = local.select(name, 4, params={"oversampling": 100}, **inputs)
+    assert len(sides) == 195
+    assert sides[0] == 200
+    assert sides[-1] < 100
+    monkeypatch.setattr(maths_fisher, "FLUSHED", 10_000)
+    assert local.select(name, 4, params={"oversampling": 100}, **inputs).indices.tolist() == got.indices.tolist()
+    assert sides[-1] == 200
+
+
 @pytest.mark.parametrize("how", ["dense", "free", "free, with rows read each time"])
 @pytest.mark.parametrize(
     ("classes", "top", "renormalize"), [(2, None, True), (2, 1, True), (5, 3, False), (5, 4, True)]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
+from queryselect_service.kernels import bait_diagonal
 from tests.kernels import fisher
 from tests.kernels.fisher import Design
+from tests.kernels.leaving import checks
 from tests.kernels.test_bait import FisherCase
 from tests.strategy_case import ROWS
 
@@ -78,3 +81,27 @@ class TestBaitDiagonalPerLabel(TestBaitDiagonal):
 
     def information(self, inputs):
         return fisher.labels(**inputs)
+
+
+def test_all_losses_of_a_step_are_one_look_at_the_picks():
+    """115 picks, all but 5 of them dropped again: a look for each pick that is left would be 6700."""
+    rng = np.random.default_rng(0)
+    inputs = {"embeddings": rng.standard_normal((120, 8)), "probabilities": rng.dirichlet(np.ones(5), 120)}
+    made = checks("bait_diagonal", {name: torch.from_numpy(x) for name, x in inputs.items()}, {"oversampling": 100}, 5)
+    assert 2 * 115 < made < 10 * 115
+
+
+def test_of_picks_that_are_the_same_the_highest_row_is_dropped_first(local, monkeypatch):
+    """Whatever rounding makes of their losses, even more than a tie."""
+    rng, gains = np.random.default_rng(0), bait_diagonal._gains
+
+    def rounded(rows, *arguments):
+        found = gains(rows, *arguments)
+        return found * (1 + 1e-8 * torch.from_numpy(rng.random(len(found))))
+
+    monkeypatch.setattr(bait_diagonal, "_gains", rounded)
+    x, p = np.tile(rng.standard_normal((80, 8)), (2, 1)), np.tile(rng.dirichlet(np.ones(4), 80), (2, 1))
+    x[80:] *= -1  # the same for diagonals
+    got = local.select("bait_diagonal", 40, embeddings=x, probabilities=p, params={"oversampling": 100})
+    picks = set(got.indices.tolist())
+    assert {row - 80 for row in picks if row >= 80} <= picks

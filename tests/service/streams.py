@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import queue
 import re
-import threading
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from types import FrameType
 
 import grpc
 import numpy as np
@@ -20,6 +21,7 @@ from grpc_status import rpc_status
 from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2, tensor_pb2
 from queryselect_service import server
 from queryselect_service import strategy as registry
+from queryselect_service.stream import Inbox
 from tests.service.test_errors import (
     FAR,
     P,
@@ -219,15 +221,20 @@ def serves(running: server.Server, channel: grpc.Channel) -> None:
     free(running)
 
 
+def reads(frame: FrameType | None) -> bool:
+    """Whether a thread at this point reads the messages of a stream."""
+    return frame is not None and (frame.f_code is Inbox._read.__code__ or reads(frame.f_back))
+
+
 def free(running: server.Server, seconds: float = 2.0) -> None:
     """Whatever was set aside, and every thread that read a stream, is back within so many seconds."""
     frontend = running.frontend
     engine, until = frontend.service.engine, time.monotonic() + seconds
 
     def held():
-        inboxes = [each for each in threading.enumerate() if each.name == "inbox"]
+        inboxes = [frame for frame in sys._current_frames().values() if reads(frame)]
         rooms = (engine.host.taken, engine.host.reserved, len(engine.queue))
-        return rooms, frontend._running, frontend._selecting, dict(frontend._streams), len(inboxes)
+        return rooms, frontend._running, frontend._selecting.taken, dict(frontend._streams), len(inboxes)
 
     while held() != ((0, 0, 0), 0, 0, {}, 0) and time.monotonic() < until:
         time.sleep(0.005)

@@ -8,6 +8,7 @@ import time
 import grpc
 import numpy as np
 import pytest
+from google.protobuf import struct_pb2
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -154,6 +155,9 @@ INVALID = [
         name="sleepy", parameters={"second": 1})), num_rows=5), "strategy.custom.parameters.second", "did you mean seconds?"),
     ("a parameter of a plug-in that is no number", request(strategy_pb2.Strategy(custom=strategies.Custom(
         name="sleepy", parameters={"seconds": float("nan")})), num_rows=5), "strategy.custom.parameters.seconds", "it is nan"),
+    ("a parameter of a plug-in without a value", request(strategy_pb2.Strategy(custom=strategies.Custom(
+        name="sleepy", parameters=struct_pb2.Struct(fields={"seconds": struct_pb2.Value()}))), num_rows=5),
+     "strategy.custom.parameters.seconds", "parameter seconds needs a value; it has none"),
     ("ids too few", request(ids=Ids(strings=S.Strings(values=["a"]))), "pool.ids", "N = 10"),
     ("ids of no kind", request(ids=Ids()), "pool.ids", "integers or strings"),
     ("ids of floats", request(ids=Ids(integers=tensor(np.ones(10)))), "pool.ids.integers", "int64"),
@@ -351,7 +355,7 @@ def test_a_bug_is_told_by_an_id_that_the_log_repeats(channel, caplog):
     assert "secret traceback" in caplog.text
 
 
-@pytest.mark.parametrize("memory", ["device", "host", "allocator"])
+@pytest.mark.parametrize("memory", ["device", "host", "allocator", "thread"])
 def test_memory_that_ends_fails_one_request(channel, memory):
     error, status, trailers = fail(channel, sleepy(fail=memory))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

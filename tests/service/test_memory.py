@@ -83,6 +83,7 @@ CASES = [
     Case("badge", 100_000, 64, 100, k=300, dtype="float64"),
     Case("bait_diagonal", 100_000, 384, 10, k=5),
     Case("bait_diagonal", 100_000, 64, 20, k=5, task="MULTILABEL"),
+    Case("bait_diagonal", 500, 20_000, 4, params=(("oversampling", 5),)),  # the backward phase is what takes most
     Case("bait_binary", 200_000, 128, 10, k=100),
     Case("bait_binary", 50_000, 384, 10, k=500, labeled=100),
     Case("bait", 100_000, 64, 20, k=20, task="MULTILABEL"),

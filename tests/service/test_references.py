@@ -360,3 +360,15 @@ def test_predictions_of_references_are_made_where_they_are_read():
     registry.select(strategy, inputs, pool=Whole(3), **options)
     assert isinstance(seen["is"], Predictions)
     np.testing.assert_allclose(seen["is"][:], Q)
+
+
+@pytest.mark.parametrize("words", ["lacks", "has"])
+def test_sets_of_one_role_have_the_same_parts_of_their_scales(local, words):
+    whole = {"embeddings": X[:4], "gradients": X[:4]}
+    sets = [
+        {"scales": [whole, {"embeddings": X[:4], **each}], "misclassified": np.ones(4, bool)} for each in (whole, {})
+    ]
+    first, second = sets if words == "lacks" else sets[::-1]
+    with pytest.raises(InvalidInput, match=rf"references\[1\] {words} scales\[1\].gradients") as caught:
+        local.select("fisher_kernel", 2, scales=[{"embeddings": X, "gradients": X}] * 2, references=[first, second])
+    assert caught.value.field == "references[1].scales[1].gradients"

@@ -50,27 +50,10 @@ def test_a_draining_server_says_so_before_it_goes():
     started.drain(0.1)
 
 
-def test_readiness_follows_the_device_and_liveness_does_not(monkeypatch):
-    monkeypatch.setattr(server, "PROBE_COUNTS", 0.0)
-    broken = {"now": False}
-
-    def probe(engine):
-        if broken["now"]:
-            raise RuntimeError("device lost")
-
-    monkeypatch.setattr(server.Engine, "probe", probe)
-    started = server.start(Settings(port=0, metrics_port=-1))
-    states = health_pb2.HealthCheckResponse
-    with grpc.insecure_channel(f"127.0.0.1:{started.port}") as channel:
-        check = health_pb2_grpc.HealthStub(channel).Check
-        for now, expected in ((False, states.SERVING), (True, states.NOT_SERVING), (False, states.SERVING)):
-            broken["now"] = now
-            assert check(health_pb2.HealthCheckRequest(service=SERVICES[0])).status == expected
-            assert check(health_pb2.HealthCheckRequest(service="")).status == states.SERVING
-        with pytest.raises(grpc.RpcError) as caught:
-            check(health_pb2.HealthCheckRequest(service="nobody"))
-        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    started.drain(0.1)
+def test_a_health_check_of_no_service_is_not_found(channel):
+    with pytest.raises(grpc.RpcError) as caught:
+        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="nobody"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 def test_an_open_watch_does_not_hold_up_the_end():
@@ -100,7 +83,9 @@ def test_server_info_tells_devices_limits_and_types(remote: Client, running):
     assert info.limits.rows == settings.max_rows == 50_000_000
     assert info.limits.inline_bytes == 64 << 20
     assert info.limits.queue_wait.ToSeconds() == 120
-    assert len(info.limits.ListFields()) == 14
+    assert info.limits.upload_grace.ToSeconds() == 60
+    assert info.limits.min_upload_rate == 64 << 10
+    assert len(info.limits.ListFields()) == 16
     assert len(info.dtypes) == 8
     assert list(info.uri_schemes) == []
     assert info.recommended_chunk_bytes == 1 << 20

@@ -175,7 +175,12 @@ def test_the_best_is_the_first_of_equal_ones():
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_top_are_those_of_a_stable_sort(dtype):
+@pytest.mark.parametrize("block", [None, 7])
+def test_the_top_are_those_of_a_stable_sort(dtype, block, monkeypatch):
+    """However many rows are looked at between two looks whether the caller is still there."""
+    if block is not None:
+        monkeypatch.setattr(shards, "TOP_ROWS", block)
+        monkeypatch.setattr(shards, "TOLD_ROWS", block)
     rng = np.random.default_rng(0)
     for k in (1, 2, 7, 29, 30, 50):
         for share in (0.0, 0.1, 0.5, 1.0):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -294,7 +294,8 @@ def test_messages_are_read_ahead_but_not_without_end():
             pulled.append(number)
             yield number
 
-    inbox = Inbox(messages())
+    threads = ThreadPoolExecutor(2)
+    inbox = Inbox(messages(), threads)
     assert inbox.wait(1.0)
     time.sleep(0.1)
     assert len(pulled) == 2  # one that waits and one in hand, before anything is admitted
@@ -306,12 +307,9 @@ def test_messages_are_read_ahead_but_not_without_end():
         taken.append(number)
         assert len(pulled) <= number + READ_AHEAD + 2
     assert taken == list(range(100))
-    stuck = Inbox(messages())
+    stuck = Inbox(messages(), threads)
     stuck.close()
-    until = time.monotonic() + 2
-    while any(each.name == "inbox" for each in threading.enumerate()) and time.monotonic() < until:
-        time.sleep(0.005)
-    assert not any(each.name == "inbox" for each in threading.enumerate()), "nobody reads, so its thread goes"
+    threads.shutdown(wait=True)  # nobody reads, so its thread is free
 
 
 # A pool that is never held

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 
@@ -16,7 +17,7 @@ from google.rpc import error_details_pb2
 from queryselect.strategies import v1 as strategies
 from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2
 from queryselect_service import wire
-from queryselect_service.engine import Call
+from queryselect_service.call import Call
 from queryselect_service.errors import Cancelled
 from tests import plugins
 from tests.service.streams import (
@@ -84,6 +85,30 @@ def test_a_client_that_is_slow_but_not_silent_is_served(impatient):
         talk.end()
         talk.until("result")
     free(own)
+
+
+def test_an_upload_that_is_too_slow_for_too_long_is_aborted(serve):
+    """It is never silent, and would keep its memory for hours."""
+    own, channel = serve(upload_grace=0.5, min_upload_rate=1000)
+    first, *chunks = whole(long_request("margin"), 8)
+    aborted = threading.Event()
+
+    def trickle(talk: Talk) -> None:
+        for each in chunks:  # 160 bytes a second
+            talk.send(each)
+            if aborted.wait(0.05):
+                return
+
+    with Talk(channel, first) as talk:
+        sender = threading.Thread(target=trickle, args=(talk,))
+        sender.start()
+        failure = talk.failure()
+        aborted.set()
+        sender.join(5)
+    assert failure.code is Code.ABORTED
+    assert "fewer than 1000 per second" in failure.words
+    assert failure.detail(error_details_pb2.ErrorInfo).reason == "SLOW"
+    serves(own, channel)
 
 
 def test_a_slow_kernel_is_no_silence(impatient):

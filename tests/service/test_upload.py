@@ -329,7 +329,7 @@ def by_protobuf(data: bytes):
 def by_hand(data: bytes):
     try:
         message = wire.read_stream_request(data)
-    except DecodeError:
+    except InvalidInput:  # our name for it
         return DecodeError
     if isinstance(message, Part):
         return message.path, message.offset, bytes(message.data), message.crc32

@@ -136,6 +136,8 @@ class Limits(google.protobuf.message.Message):
     QUEUE_FIELD_NUMBER: builtins.int
     QUEUE_WAIT_FIELD_NUMBER: builtins.int
     DRAIN_GRACE_FIELD_NUMBER: builtins.int
+    UPLOAD_GRACE_FIELD_NUMBER: builtins.int
+    MIN_UPLOAD_RATE_FIELD_NUMBER: builtins.int
     rows: builtins.int
     """Rows of the pool."""
     dims: builtins.int
@@ -158,6 +160,8 @@ class Limits(google.protobuf.message.Message):
     """Streams open per peer; above it RESOURCE_EXHAUSTED."""
     queue: builtins.int
     """Requests waiting for a device; above it RESOURCE_EXHAUSTED."""
+    min_upload_rate: builtins.int
+    """Bytes per second that an upload needs on average once it takes longer than that; below it ABORTED. 0: none."""
     @property
     def idle_stream(self) -> google.protobuf.duration_pb2.Duration:
         """The silence after which a stream is ABORTED."""
@@ -169,6 +173,10 @@ class Limits(google.protobuf.message.Message):
     @property
     def drain_grace(self) -> google.protobuf.duration_pb2.Duration:
         """The time that running requests are given when the server drains."""
+
+    @property
+    def upload_grace(self) -> google.protobuf.duration_pb2.Duration:
+        """The time that an upload may take, however slow."""
 
     def __init__(
         self,
@@ -187,9 +195,11 @@ class Limits(google.protobuf.message.Message):
         queue: builtins.int | None = ...,
         queue_wait: google.protobuf.duration_pb2.Duration | None = ...,
         drain_grace: google.protobuf.duration_pb2.Duration | None = ...,
+        upload_grace: google.protobuf.duration_pb2.Duration | None = ...,
+        min_upload_rate: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_inline_bytes", b"_inline_bytes", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "inline_bytes", b"inline_bytes", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "streams_per_peer", b"streams_per_peer"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_inline_bytes", b"_inline_bytes", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "inline_bytes", b"inline_bytes", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "streams_per_peer", b"streams_per_peer"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_inline_bytes", b"_inline_bytes", "_min_upload_rate", b"_min_upload_rate", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "inline_bytes", b"inline_bytes", "min_upload_rate", b"min_upload_rate", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "streams_per_peer", b"streams_per_peer", "upload_grace", b"upload_grace"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_inline_bytes", b"_inline_bytes", "_min_upload_rate", b"_min_upload_rate", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "inline_bytes", b"inline_bytes", "min_upload_rate", b"min_upload_rate", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "streams_per_peer", b"streams_per_peer", "upload_grace", b"upload_grace"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_budget", b"_budget"]) -> typing.Literal["budget"] | None: ...
     @typing.overload
@@ -202,6 +212,8 @@ class Limits(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_id_bytes", b"_id_bytes"]) -> typing.Literal["id_bytes"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_inline_bytes", b"_inline_bytes"]) -> typing.Literal["inline_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_upload_rate", b"_min_upload_rate"]) -> typing.Literal["min_upload_rate"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_queue", b"_queue"]) -> typing.Literal["queue"] | None: ...
     @typing.overload

@@ -89,7 +89,7 @@ def badge(
             pool.progress(choice.k - left, choice.k)
             choice.take(row)
             rows.append(row[None])
-            scores.append(score[None] / gradients.scale**2)
+            scores.append(score[None] / gradients.scale / gradients.scale)
             left -= 1
             if not left:
                 break

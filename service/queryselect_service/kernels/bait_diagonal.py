@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from queryselect_service.choice import Choice
-from queryselect_service.maths.fisher import Design, Rows, design_of, leader, least_of, picked
+from queryselect_service.maths.fisher import Rows, design_of, kinds, leader, least_of, picked, refuse_overflow
 from queryselect_service.maths.predictions import Predictions
 from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import FisherDesign
@@ -22,10 +22,11 @@ class BaitDiagonal(FisherDesign):
 
 
 def _memory(sizes: Sizes, spec: BaitDiagonal) -> int:
-    """A few numbers per row, a few (C, D), the picks' rows, and spans of float64 rows."""
+    """A few numbers per row, a few (C, D), the picks' rows, several times to find the same ones, and spans of rows."""
+    picks = 8 * min(spec.oversampling * sizes.k, sizes.N) * (sizes.D + sizes.C)
     at_once = min(sizes.N, SPAN_BYTES // (8 * (2 * sizes.D + 12 * sizes.C)))
     spans = 8 * at_once * (2 * sizes.D + 6 * sizes.C)
-    return 8 * (6 * sizes.N + 8 * sizes.C * sizes.D + 2 * spec.oversampling * sizes.k * (sizes.D + sizes.C)) + spans
+    return 8 * (6 * sizes.N + 8 * sizes.C * sizes.D) + 7 * picks + spans
 
 
 @strategy(
@@ -84,8 +85,8 @@ def bait_diagonal(
     choice.oversample(spec.oversampling)
     rows: list[Tensor] = []
     scores: list[Tensor] = []
-    picks: list[tuple[Tensor, Predictions]] = []  # x² (D,) and predictions of one row
-    first = gains = _gains(problem, inverse, f)
+    picks: list[tuple[Tensor, Tensor]] = []  # x (D,) and predictions (C,) as sent
+    first = gains = _gains(problem.rows, inverse, f, problem.scale)
     for step in range(choice.steps):
         pool.progress(step, choice.steps)
         row, score, x, values = leader(choice, gains, embeddings, probabilities.values)
@@ -94,22 +95,40 @@ def bait_diagonal(
         choice.take(row)
         rows.append(row)
         scores.append(score)
-        picks.append(((x.double() * problem.rows.scale).square(), probabilities.of(values[None])))
-        inverse, _ = _moved(inverse, f, *picks[-1], problem.scale)
+        picks.append((x, values))
+        inverse = _moved(_some(problem.rows, x[None], values[None]), inverse, problem.scale)
         if step + 1 < choice.steps:
-            gains = _gains(problem, inverse, f)
+            gains = _gains(problem.rows, inverse, f, problem.scale)
 
-    left = list(range(len(rows)))
+    found = torch.stack(scores) if scores else gains[:0]
+    refuse_overflow(found)
     numbers = torch.stack(rows) if rows else context[:0]
+    left = torch.arange(len(numbers), device=numbers.device)
+    if choice.excess:
+        x, values = map(torch.stack, zip(*picks, strict=True))
+        left = _backward(_some(problem.rows, x, values), numbers, inverse, f, problem.scale, choice)
+    return picked(numbers[left], found[left], lambda: first)
+
+
+def _some(like: Rows, embeddings: Tensor, values: Tensor) -> Rows:
+    """Rows with these embeddings (m, D) and predictions (m, C), as they were sent."""
+    return Rows(embeddings, like.predictions.of(values), like.mass.new_ones(len(values)), like.scale, like.pool)
+
+
+def _backward(picks: Rows, numbers: Tensor, inverse: Tensor, f: Tensor, scale: float, choice: Choice) -> Tensor:
+    """Drops picks (m,) until no more are left than wanted, each time the one of least loss: which (r,) are left.
+
+    numbers: (m,), their global rows. The losses of a step are one product, as gains are.
+    """
+    kind = kinds(torch.cat([picks.x(slice(None)).square_(), picks.predictions.values], dim=1))
+    left = torch.arange(len(numbers), device=numbers.device)
     while choice.excess:
-        pool.check()
-        allowed = choice.droppable(numbers[left])
-        losses = torch.stack([-_moved(inverse, f, *picks[at], -problem.scale)[1] for at in left])
-        at = left.pop(int(least_of(losses, allowed, numbers[left])))
-        inverse, _ = _moved(inverse, f, *picks[at], -problem.scale)
-        choice.drop(numbers[at])
-    found = torch.stack(scores)[left] if scores else gains[:0]
-    return picked(numbers[left], found, lambda: first)
+        losses = -_gains(picks.at(left), inverse, f, -scale)
+        drop = left[least_of(losses, choice.droppable(numbers[left]), numbers[left], kind[left])]
+        inverse = _moved(picks.at(drop[None]), inverse, -scale)
+        choice.drop(numbers[drop])
+        left = left[left != drop]
+    return left
 
 
 def _information(rows: Rows) -> Tensor:
@@ -121,25 +140,22 @@ def _information(rows: Rows) -> Tensor:
     return found
 
 
-def _gains(problem: Design, inverse: Tensor, f: Tensor) -> Tensor:
-    """Every row's gain (n,) under a and f (C, D)."""
-    rows = problem.rows
+def _gains(rows: Rows, inverse: Tensor, f: Tensor, scale: float) -> Tensor:
+    """What the objective falls by when a row is taken, for every row (n,), a and f (C, D); dropped for a scale < 0."""
     classes, dims = inverse.shape
     both = torch.cat([inverse, inverse.square() * f])  # (2 C, D)
     gains = torch.empty_like(rows.mass)
-    for span in rows.spans(4 * dims * classes, 2 * dims + 12 * classes):
+    for span in rows.spans(4 * dims * classes, 4 * dims + 24 * classes):
         t, rise = (rows.x(span).square_() @ both.T).chunk(2, dim=1)  # (m, C)
-        gains[span] = problem.scale * (_kept(rows.predictions.at(span), problem.scale * t) * rise).sum(1)
+        gains[span] = scale * (_kept(rows.predictions.at(span), scale * t) * rise).sum(1)
     return gains
 
 
-def _moved(
-    inverse: Tensor, f: Tensor, squares: Tensor, predictions: Predictions, scale: float
-) -> tuple[Tensor, Tensor]:
-    """What a becomes when a row with x² (D,) is taken, and what the objective falls by, (); dropped for a scale < 0."""
-    q = scale * _kept(predictions, scale * (inverse @ squares)[None])[0]  # (C,)
-    fall = inverse.square() * squares * q[:, None]
-    return inverse - fall, (fall * f).sum()
+def _moved(row: Rows, inverse: Tensor, scale: float) -> Tensor:
+    """What a becomes when a row is taken; dropped for a scale < 0."""
+    squares = row.x(slice(None))[0].square_()  # (D,)
+    q = scale * _kept(row.predictions, scale * (inverse @ squares)[None])[0]  # (C,)
+    return inverse - inverse.square() * squares * q[:, None]
 
 
 def _kept(predictions: Predictions, t: Tensor) -> Tensor:

@@ -131,11 +131,11 @@ class _Discriminator:
         self._pool, self._l2 = points.pool, l2
         embeddings = points.embeddings
         n, dims, device = *embeddings.shape, embeddings.device
-        self._rows = torch.ones(n, dims + 1, dtype=torch.float64, device=device)  # the last column is the constant
+        self._rows = torch.empty(n, dims + 1, dtype=torch.float64, device=device)  # the last column is the constant 1
         squares, peak = torch.zeros_like(points.mean), points.mean.abs()
         for span in self._pool.spans(n, EXACT_BYTES * dims):
             rows = points.exact(embeddings[span]).sub_(points.mean)
-            self._rows[span, :dims] = rows
+            self._rows[span, :dims], self._rows[span, dims] = rows, 1
             squares += rows.square_().sum(0)
         spread = (self._pool.sum(squares) / self._pool.size).sqrt_()
         factor = torch.where(spread > CONSTANT * peak, 1 / spread, 0.0)

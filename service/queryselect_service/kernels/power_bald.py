@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from queryselect_service.errors import InvalidInput
-from queryselect_service.maths.noise import uniform
-from queryselect_service.shards import Shards
+from queryselect_service.maths.noise import NOISE_BYTES, uniform
+from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import Choice, on_scores
 
@@ -43,7 +43,9 @@ class PowerBald(Spec):
     base_parameter="base",
     seeded=True,
     cost="that of the base, and O(N) time and memory; SOFTRANK sorts",
-    memory=lambda sizes, spec: (96 if spec.form is PowerForm.SOFTRANK else 64) * sizes.N + 96 * sizes.k,
+    memory=lambda sizes, spec: (
+        (62 if spec.form is PowerForm.SOFTRANK else 30) * sizes.N + min(34 * sizes.N, SPAN_BYTES) + 96 * sizes.k
+    ),
     citation="Kirsch, Farquhar, Atighehchian, Jesson, Branchaud-Charron and Gal, Stochastic batch acquisition: a "
     "simple baseline for deep active learning (TMLR 2023), arXiv:2106.12059, table 1",
 )
@@ -63,22 +65,31 @@ def power_bald(scores: Tensor, *, choice: Choice, seed: int, pool: Shards, spec:
     >>> power_bald(s, choice=choice, seed=0, pool=Whole(3)).argmin()
     tensor(1)
     """
-    allowed = choice.allowed
-    rows = torch.arange(pool.offset, pool.offset + len(scores), device=scores.device)
-    gumbel = uniform(seed, rows, NOISE).log_().neg_().log_().neg_()
-    if spec.form is PowerForm.SOFTMAX:
-        return scores * spec.beta + gumbel
-    if spec.form is PowerForm.SOFTRANK:
-        return gumbel.sub_(_ranks(scores, allowed, pool).log_().mul_(spec.beta))
-    if bool(pool.sum((allowed & (scores < 0)).count_nonzero()) > 0):
+    negative = choice.allowed & (scores < 0)
+    if spec.form is PowerForm.POWER and bool(pool.sum(negative.count_nonzero()) > 0):
         raise InvalidInput("form POWER needs scores of at least 0, which those of the base are not", field="form")
-    least = math.log(torch.finfo(scores.dtype).tiny)
-    return gumbel.add_(scores.clamp_min(0).log_().clamp_(min=least).mul_(spec.beta))
+    values = _ranks(scores, choice.allowed, pool) if spec.form is PowerForm.SOFTRANK else scores
+    found = torch.empty_like(scores)
+    for span in pool.spans(len(scores), NOISE_BYTES):
+        rows = torch.arange(pool.offset + span.start, pool.offset + span.stop, device=scores.device)
+        gumbel = uniform(seed, rows, NOISE).log_().neg_().log_().neg_()
+        found[span] = _exponents(values[span], spec.form).mul(spec.beta).add_(gumbel)
+    return found
+
+
+def _exponents(values: Tensor, form: PowerForm) -> Tensor:
+    """What β times of it is added to noise: scores (s,), their logarithms, or minus those of ranks (s,)."""
+    if form is PowerForm.SOFTMAX:
+        return values
+    if form is PowerForm.SOFTRANK:
+        return values.log().neg_()
+    return values.clamp_min(0).log_().clamp_(min=math.log(torch.finfo(values.dtype).tiny))
 
 
 def _ranks(scores: Tensor, allowed: Tensor, pool: Shards) -> Tensor:
     """The ranks (n,) of the scores (n,) among the allowed rows of all slices, the highest 1, equal ones their mean."""
-    ascending = torch.cat([block for (block,) in pool.blocks(scores[allowed])]).sort().values
+    blocks = [block for (block,) in pool.blocks(scores[allowed])]
+    ascending = torch.cat([scores[:0], *blocks]).sort().values  # limits may allow no row at all
     above = len(ascending) - torch.searchsorted(ascending, scores, right=True)
     as_high = len(ascending) - torch.searchsorted(ascending, scores)
     return (above + as_high + 1).double() / 2

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from queryselect_service.maths.noise import uniform
-from queryselect_service.shards import Shards
+from queryselect_service.maths.noise import NOISE_BYTES, uniform
+from queryselect_service.shards import SPAN_BYTES, Shards
 from queryselect_service.spec import Spec
 from queryselect_service.strategy import Choice, ScoreKind, Selection, rank, strategy
 
@@ -19,7 +19,8 @@ class Random(Spec):
     kind=ScoreKind.KEY,
     seeded=True,
     cost="O(N) time, O(N) memory",
-    memory=lambda sizes, _: 38 * sizes.N + 96 * sizes.k,  # row numbers, their bits mixed, keys, ranking
+    # Keys and their ranking; row numbers of a span, and their bits mixed.
+    memory=lambda sizes, _: 12 * sizes.N + min(24 * sizes.N, SPAN_BYTES // 2) + 96 * sizes.k,
     work=lambda sizes: 20.0 * sizes.N,
     citation="Efraimidis and Spirakis, Weighted random sampling with a reservoir (2006), all weights equal",
 )
@@ -36,6 +37,8 @@ def random(*, choice: Choice, seed: int, pool: Shards) -> Selection:
     >>> random(choice=Choice(2, torch.ones(5, dtype=torch.bool), five), seed=0, pool=five).indices.shape
     torch.Size([2])
     """
-    free = choice.free
-    rows = torch.arange(pool.offset, pool.offset + len(free), device=free.device)
-    return rank(uniform(seed, rows), choice)
+    keys = torch.empty_like(choice.free, dtype=torch.float64)
+    for span in pool.spans(len(keys), NOISE_BYTES):
+        rows = torch.arange(pool.offset + span.start, pool.offset + span.stop, device=keys.device)
+        keys[span] = uniform(seed, rows)
+    return rank(keys, choice)

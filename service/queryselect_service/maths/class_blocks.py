@@ -29,6 +29,7 @@ from queryselect_service.maths.class_gains import Gains
 from queryselect_service.maths.class_inverse import READY, Dense, Free, Inverse, Make, Reader, Taken, ready_entries
 from queryselect_service.maths.fisher import (
     DRIFT,
+    FLOPS_PER_BYTE,
     TILE,
     Design,
     Forward,
@@ -36,6 +37,8 @@ from queryselect_service.maths.fisher import (
     backward_entries,
     everywhere,
     leader,
+    refuse_overflow,
+    small_root,
     tiles_of,
 )
 from queryselect_service.maths.noise import uniform
@@ -134,18 +137,37 @@ class ClassBlocks:
         """Adds rows to M, and changes G and H of every row; returns the directions before theirs times FU, and UᵀFU."""
         inverse, v = self._inverse, rows.columns()
         solved, before = inverse.solve(v)
-        root = torch.linalg.cholesky(torch.eye(len(v), dtype=v.dtype, device=v.device) + v @ solved.T)
-        u = torch.linalg.solve_triangular(root, solved, upper=False).contiguous()
+        root = small_root(torch.eye(len(v), dtype=v.dtype, device=v.device) + self._overlaps(v, solved))
+        u = self._solved(root, solved)
         p, fisher = inverse.project(self._rows, u)
-        own = u @ fisher.T
+        own = self._overlaps(u, fisher)
         z, overlaps = inverse.solve(fisher)
-        z.addmm_(own, u, alpha=-0.5)
+        for span in self._columns_of(u):
+            z[:, span].addmm_(own, u[:, span], alpha=-0.5)
         scale = self._design.scale
         for span, _, _, y in inverse.products(self._rows, z):
             self._g[span].baddbmm_(p[span].mT, p[span], alpha=-scale)
             self._h[span].baddbmm_(p[span].mT, y, alpha=-scale).baddbmm_(y.mT, p[span], alpha=-scale)
         inverse.add(rows, u, before, root)
         return overlaps, own
+
+    def _overlaps(self, x: Tensor, y: Tensor) -> Tensor:
+        """X Yᵀ (r, r) of x and y (r, C D)."""
+        found = x.new_empty(len(x), len(y))
+        for span in self._pool.spans(len(x), max(8 * x.shape[1], 2 * y.numel() // FLOPS_PER_BYTE)):
+            found[span] = x[span] @ y.T
+        return found
+
+    def _solved(self, root: Tensor, y: Tensor) -> Tensor:
+        """R⁻¹ y (r, C D) for R (r, r), lower triangular."""
+        found = torch.empty_like(y)
+        for span in self._columns_of(y):
+            found[:, span] = torch.linalg.solve_triangular(root, y[:, span], upper=False)
+        return found
+
+    def _columns_of(self, y: Tensor) -> Iterator[slice]:
+        """Spans of the columns of y (r, C D), for products with matrices (r, r)."""
+        return self._pool.spans(y.shape[1], len(y) * max(3 * 8, 2 * len(y) // FLOPS_PER_BYTE))
 
     def forward(self, choice: Choice) -> Forward:
         """Chooses."""
@@ -167,6 +189,7 @@ class ClassBlocks:
             row, score, x, values = leader(choice, gains, rows.embeddings, rows.predictions.values, errors=errors)
             if choice.ends(score):
                 break
+            refuse_overflow(score)
             p, mass = rows.predictions.of(values[None])[:], rows.mass.new_full((1,), self._design.scale)
             overlaps, fisher = self._take(self._taken(x[None].double() * rows.scale, p, mass))
             entries[step] = torch.cat([x, values])

@@ -53,8 +53,8 @@ class Factors(Protocol):
 def _by_classes(factors: Factors, mass: Tensor) -> Tensor:
     """Factors.partners as L_y L_yᵀ for all pairs of classes: (n, C (C + 1) / 2 or more)."""
     outer = factors.outer()
-    at = torch.triu_indices(*outer.shape[1:], device=mass.device)
-    return widened(outer[:, at[0], at[1]].mul_(mass[:, None]))
+    pairs = torch.cat([outer[:, k, k:] for k in range(outer.shape[1])], dim=1)
+    return widened(pairs.mul_(mass[:, None]))
 
 
 def between(factors: Factors, middle: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class Gains:
 
     def restart(self) -> tuple[Tensor, Tensor]:
         """All gains (m,), exactly, when G and H are newly computed; and how wrong rounding may have made them."""
-        # Rounding errors are measured by what the diagonals (c, m) of G and H were.
-        self._first_g, self._first_h = (x.diagonal(dim1=1, dim2=2).T.contiguous() for x in (self._g, self._h))
+        # Rounding errors are measured by what the diagonals (c, m) of G and H were, below 0 as they may be by rounding.
+        self._first_g, self._first_h = (x.diagonal(dim1=1, dim2=2).T.abs().contiguous() for x in (self._g, self._h))
         return self._all()
 
     def now(self, free: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,8 @@ class Gains:
         gains = torch.where(gains >= 0, gains, torch.inf)  # where δ reaches 1, there is no bound
         errors = self._errors(slice(None), gains)
         margin = self._g.shape[1] * errors  # of sums over all entries, not over a diagonal
-        _, best = self._pool.best(torch.where(free, lower - margin, -torch.inf))
+        least = lower.new_full((1,), -torch.inf)  # so that there is a best where limits leave no row at all
+        _, best = self._pool.best(torch.cat([torch.where(free, lower - margin, -torch.inf), least]))
         at = (free & ~(gains + margin < best * (1 - 2 * TIE))).nonzero().squeeze(1)
         for span in self._pool.spans(len(at), 64 * self._g.shape[1] ** 2):
             gains[at[span]] = self._exactly(at[span])

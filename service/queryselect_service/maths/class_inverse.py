@@ -327,6 +327,7 @@ class Free(Inverse):
     def _pairs_with_all(self, rows: Reader, columns: int) -> Iterator[tuple[slice, Tensor]]:
         """What `paired` ends, the terms (m, w) of stretches of rows, for the rows of all slices and those beside."""
         for some in everywhere(self._sample.rows, self.design.beside, PAIRED):
+            self.pool.check()
             partners, y = self.make(some.predictions[:]).partners(some.mass), some.x(slice(None))
             for span in self.pool.spans(len(rows), self._touched(len(y), columns)):
                 x, factors = rows[span]
@@ -336,7 +337,9 @@ class Free(Inverse):
         """The same where these are all the rows there are: (x.y)² is that of x with y and of y with x."""
         for start in range(0, len(rows), PAIRED):
             block = slice(start, min(start + PAIRED, len(rows)))
+            self.pool.check()
             y, theirs = rows[block]
+            self.pool.check()
             partners, touched = theirs.partners(rows.rows.mass[block]), self._touched(len(y), columns)
             for some in self.pool.spans(start, 2 * touched):
                 x, factors = rows[some]

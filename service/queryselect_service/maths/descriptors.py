@@ -18,7 +18,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from queryselect_service.maths.distances import coarseness
+from queryselect_service.maths.distances import coarseness, power_of_two
+from queryselect_service.shards import Whole
 
 #: What the authors add to standard deviations, so that a row without any becomes 0.
 EPSILON = 1e-10
@@ -103,16 +104,20 @@ def _standardized(x: Tensor) -> Tensor:
 
 
 class Head:
-    """The last linear layer, W (C, L), for gradients of the loss with respect to its inputs: g = (p - e_y) W."""
+    """The last linear layer, W (C, L), for gradients of the loss with respect to its inputs: g = (p - e_y) W.
+
+    weights: (C, L), W in units of `unit`, a power of two.
+    """
 
     def __init__(self, weights: Tensor) -> None:
-        """weights: (C, L)."""
-        self.weights = weights.double()
+        """weights: (C, L); the unit is one in which no square overflows or vanishes."""
+        self.unit = 1 / power_of_two(weights, Whole(len(weights)), torch.float64)
+        self.weights = weights.double() / self.unit
         self.width = weights.shape[1]
 
     @cached_property
     def plain(self) -> Tensor:
-        """A root of W Wᵀ, (C, min(C, L))."""
+        """A root of W Wᵀ, (C, min(C, L)), in the same unit."""
         return _root(self.weights)
 
     @cached_property
@@ -127,7 +132,7 @@ class Head:
         centered, step = self._centered
         rows = (residuals @ centered).div_(step).round_().mul_(step)
         deviation = torch.linalg.vector_norm(rows, dim=1, keepdim=True).div_(math.sqrt(max(1, self.width - 1)))
-        return rows.div_(deviation.add_(EPSILON)).to(dtype)
+        return rows.div_(deviation.add_(EPSILON / self.unit)).to(dtype)
 
 
 def _root(w: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from queryselect_service.errors import InvalidInput
 from queryselect_service.maths.distances import power_of_two
 from queryselect_service.maths.predictions import Predictions
 from queryselect_service.selection import Notice, NoticeCode, Selection
-from queryselect_service.shards import Shards
+from queryselect_service.shards import Shards, Whole
 from queryselect_service.spec import FisherDesign, FisherScale, RidgeScale
 
 #: Gains that differ by less than this part of theirs are equal: what rounding may do to rows that are the same.
@@ -30,12 +30,19 @@ ROUNDING = 16 * torch.finfo(torch.float64).eps
 DRIFT = 1e-10
 #: The least ridge as a part of the mean squared length per dimension: below, float64 does not tell it from 0.
 LEAST_RIDGE = 1e-13
+#: A ridge below this has a square.
+MOST_RIDGE = 1e150
+#: How large embeddings beside the pool may be in units of the pool's: sums of fourth powers are finite.
+MOST_BESIDE = 2.0**200
 #: Multiply-adds that take as long as touching one byte, on two cores as on a GPU: spans are measured in bytes.
 FLOPS_PER_BYTE = 32
 #: How far a pivot of the backward phase may fall before all are computed anew.
 LOST_DIGITS = 1e-4
 #: The most columns of picks whose matrices are kept for that.
 KEPT = 4096
+#: Columns of dropped picks from which on it may be worth to change all of Q and J, and how many columns of these change
+#: in the time that one more drop takes to read what was dropped.
+FLUSHED, READS = 64, 8
 #: Rows that are read at once: as float64 they stay in the cache until they are used.
 AT_ONCE = 2048
 #: Columns that a product with a tall matrix takes at once, where they are more than half as many: three of the widest
@@ -157,14 +164,17 @@ def design_of(
     """The design of a selection of k rows.
 
     embeddings: (n, D). weights: (n,), masses in F, 1 by default. labeled: the same three of labelled rows that are not
-    in the pool. context: (l,) rows here that count as labelled. Raises InvalidInput for an absolute ridge that float64
-    can't hold beside such embeddings.
+    in the pool. context: (l,) rows here that count as labelled. Raises InvalidInput for an absolute ridge, or labelled
+    rows beside the pool, that float64 can't hold beside such embeddings.
     """
     scale = power_of_two(embeddings, pool, torch.float64)
-    here = Rows(embeddings, predictions, _masses(weights, embeddings), scale, pool)
     beside, (their_embeddings, their_predictions, their_weights) = None, labeled
+    theirs = 1.0 if their_weights is None else _mass_scale(their_weights, Whole(len(their_weights)))
+    lightest = min(_mass_scale(weights, pool), theirs)
+    here = Rows(embeddings, predictions, _masses(weights, embeddings, lightest), scale, pool)
     if their_embeddings is not None and their_predictions is not None:
-        masses = _masses(their_weights, their_embeddings)
+        _refuse_longer(their_embeddings, scale)
+        masses = _masses(their_weights, their_embeddings, lightest)
         beside = Rows(their_embeddings, their_predictions, masses, scale, pool)
     sums = _total(pool, here, beside, _mass_and_squares)
     mass, squares = sums[0], float(sums[1] / sums[0])
@@ -185,10 +195,26 @@ def design_of(
     )
 
 
-def _masses(weights: Tensor | None, embeddings: Tensor) -> Tensor:
+def _refuse_longer(beside: Tensor, scale: float) -> None:
+    """Raises InvalidInput where embeddings beside the pool's, times the pool's `scale`, have no fourth powers."""
+    largest = max(abs(float(each)) for each in beside.aminmax())
+    if largest * scale > MOST_BESIDE:
+        raise InvalidInput(
+            f"embeddings of reference sets are up to {largest:.3g}, so much more than the pool's that float64 can't "
+            "hold the information of both; scale them alike",
+            field="references",
+        )
+
+
+def _mass_scale(weights: Tensor | None, pool: Shards) -> float:
+    """What weights (n,) are multiplied by so that sums of them, and of them times squares, are finite."""
+    return 1.0 if weights is None else power_of_two(weights[:, None], pool, torch.float64)
+
+
+def _masses(weights: Tensor | None, embeddings: Tensor, scale: float) -> Tensor:
     if weights is None:
-        return torch.ones(len(embeddings), dtype=torch.float64, device=embeddings.device)
-    return weights.to(torch.float64, copy=True)
+        return torch.full((len(embeddings),), scale, dtype=torch.float64, device=embeddings.device)
+    return weights.to(torch.float64, copy=True).mul_(scale)
 
 
 def _mass_and_squares(rows: Rows) -> Tensor:
@@ -202,14 +228,15 @@ def _mass_and_squares(rows: Rows) -> Tensor:
 
 def _ridge(spec: FisherDesign, scale: float, squares: float) -> float:
     """λ beside embeddings times `scale`. squares: their mean square per dimension."""
-    if spec.ridge_scale is RidgeScale.RELATIVE:
-        return spec.ridge * squares or 1.0  # embeddings of zeros hold no information under any ridge
-    ridge = spec.ridge * scale * scale
-    if not max(LEAST_RIDGE * squares, torch.finfo(torch.float64).tiny) <= ridge < 1e300:
+    relative, least = spec.ridge_scale is RidgeScale.RELATIVE, torch.finfo(torch.float64).tiny
+    if relative and not squares:
+        return 1.0  # embeddings of zeros hold no information under any ridge
+    ridge = spec.ridge * squares if relative else spec.ridge * scale * scale
+    if not (least if relative else max(LEAST_RIDGE * squares, least)) <= ridge < MOST_RIDGE:
+        near = "a ridge near 1" if relative else "ridge_scale RELATIVE, or an absolute ridge near that"
         raise InvalidInput(
             f"ridge {spec.ridge:g} can't be told from {'0' if ridge < 1 else 'infinity'} beside embeddings whose mean "
-            f"square per dimension is {squares / scale / scale:.3g}; "
-            "take ridge_scale RELATIVE, or an absolute ridge near that",
+            f"square per dimension is {squares / scale / scale:.3g}; take {near}",
             field="ridge",
         )
     return ridge
@@ -218,23 +245,41 @@ def _ridge(spec: FisherDesign, scale: float, squares: float) -> float:
 def leader(choice: Choice, gains: Tensor, *rows: Tensor, errors: Tensor | None = None) -> tuple[Tensor, ...]:
     """The lowest of the free rows whose gains (n,) are as good as the best: its number, gain, and row of `rows`.
 
-    errors: (n,), how wrong gains may be. Where none is free, the gain is -inf.
+    errors: (n,), how wrong gains may be. Where none is free, the gain is -inf; where one has overflowed, NaN.
     """
     _, best = choice.best(gains)
     upper = gains if errors is None else gains + errors
     first = torch.where(upper >= best - TIE * best.abs(), 0.0, -torch.inf)
     row, _, gain, *found = choice.best(first, gains, *rows)
-    return (row, torch.where(best == -torch.inf, best, gain), *found)
+    return (row, torch.where(best == -torch.inf, best, gain + 0 * best), *found)
 
 
-def least_of(losses: Tensor, allowed: Tensor, rows: Tensor) -> Tensor:
+def refuse_overflow(scores: Tensor) -> None:
+    """Raises InvalidInput where gains, of any shape, are more than float64 holds: nothing tells rows apart then."""
+    if not bool(scores.isfinite().all()):
+        words = "ridge is too small for float64 beside these embeddings and weights; raise it"
+        raise InvalidInput(words, field="ridge")
+
+
+def kinds(entries: Tensor) -> Tensor:
+    """A number (m,) for every row of entries (m, w), the same for the same entries, and lower than m."""
+    _, kind = entries.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
+    found: Tensor = kind
+    return found
+
+
+def least_of(losses: Tensor, allowed: Tensor, rows: Tensor, kind: Tensor) -> Tensor:
     """The position () of the least of the losses (m,) that are allowed, of equal ones that of the highest of rows (m,).
 
-    A loss that is not finite, of a block that is singular to float64, counts as the largest.
+    kind: (m,), see `kinds`. What rounding makes of equal rows may be more than a tie where the ridge is small: all of a
+    kind have the least loss of theirs. A loss that is not finite, of a block that is singular to float64, counts as the
+    largest.
     """
     losses = torch.where(losses.isfinite() & allowed, losses, torch.inf)
+    losses = losses.new_full((int(kind.max()) + 1,), torch.inf).scatter_reduce(0, kind, losses, "amin")[kind]
     if not bool(losses.isfinite().any()):
-        losses = torch.where(allowed, 0.0, torch.inf)
+        losses = torch.zeros_like(losses)
+    losses = torch.where(allowed, losses, torch.inf)
     least = losses.min()
     return torch.where(losses <= least + TIE * least.abs(), rows, -1).argmax()
 
@@ -282,14 +327,14 @@ class _Backward:
     """The losses of picks, and what changes them.
 
     What dropped picks take from Q and J is kept as the columns it is made of, and taken where Q and J are read: from
-    the picks' own blocks, and from the columns of the next to be dropped.
+    the picks' own blocks, and from the columns of the next to be dropped. Where many more are to be dropped, that takes
+    longer and longer: it is then taken from all of Q and J now and then, which shrink to the picks that are left.
     """
 
     def __init__(self, forward: Forward, room: int, pool: Shards) -> None:
         """room: how many picks may be dropped before Q and J themselves are changed."""
-        self._pool, self._columns, self._room = pool, forward.columns, max(1, room)
-        # (m,), the same for the same entries
-        _, self._kind = forward.entries.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
+        self._pool, self._columns, self._room, self._count = pool, forward.columns, max(1, room), 0
+        self._kind = kinds(forward.entries)  # (m,)
         matrices = [*forward.matrices()]  # by no other name, so that each goes when it is read
         # Kept where there is room for them, to start again from what no step has touched.
         self._kept = (matrices[0], matrices[1]) if matrices[0].shape[-1] <= KEPT else None
@@ -307,7 +352,11 @@ class _Backward:
         del inverse
         self._own, self._theirs = self._diagonal(self._q).clone(), self._diagonal(self._j).clone()
         self._first = self._own.diagonal(dim1=-2, dim2=-1).clone()  # (L, r, c)
-        # Q_:s, α and β (below) of dropped picks, and how many columns of them there are.
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Memory for Q_:s, α and β (see drop) of picks still to be dropped; `_count` columns of it are in use."""
+        self._room = self._room - self._count // self._columns or self._room
         shape = (3, len(self._q), self._room * self._columns, self._q.shape[-1])
         self._taken, self._count = self._q.new_empty(shape), 0
 
@@ -328,11 +377,8 @@ class _Backward:
         """The position () of the pick of least loss among those allowed (m,); of equal ones that of the highest row."""
         solved, _ = torch.linalg.solve_ex(self._own, self._theirs)
         losses = solved.diagonal(dim1=-2, dim2=-1).sum((0, -1))  # (r,)
-        # What rounding makes of equal rows where the ridge is small may be more than a tie.
-        kind, mine = self._kind[self._left], allowed[self._left]
-        losses = torch.where(mine & losses.isfinite(), losses, torch.inf)
-        least = losses.new_full(self._kind.shape, torch.inf).scatter_reduce(0, kind, losses, "amin")
-        return self._left[least_of(least[kind], mine, rows[self._left])]
+        left = self._left
+        return left[least_of(losses, allowed[left], rows[left], self._kind[left])]
 
     def drop(self, position: Tensor, left: Tensor) -> None:
         """Takes the pick at a position () out of Q and J; left: (m,) which ones stay.
@@ -343,10 +389,8 @@ class _Backward:
         at = int((self._left < position).sum()) * c
         some = slice(at, at + c)
         column, theirs = self._read(some)
-        alpha = torch.linalg.solve(column[..., some], column)  # (L, c, r c), as all of these
+        alpha, _ = torch.linalg.solve_ex(column[..., some], column)  # (L, c, r c), as all of these
         beta = theirs - 0.5 * theirs[..., some].mT @ alpha
-        if self._count == self._taken.shape[2]:
-            self._flush()
         for each, kept in zip((column, alpha, beta), self._taken, strict=True):
             kept[:, self._count : self._count + c] = each
         self._count += c
@@ -359,6 +403,10 @@ class _Backward:
         # Where a pick's own block has lost more digits than float64 can spare, all is computed anew.
         if self._kept is not None and bool((now[:, stays] < LOST_DIGITS * self._first[:, stays]).any()):
             self._restart(left.nonzero().squeeze(1), *self._kept)
+            return
+        to_come = self._taken.shape[2] - self._count
+        if not to_come or (self._count >= FLUSHED and READS * to_come > c * self._q.shape[-1]):
+            self._flush(stays)
 
     def _read(self, some: slice) -> tuple[Tensor, Tensor]:
         """Q_s: and J_s: (L, c, r c) of one pick's columns."""
@@ -370,15 +418,28 @@ class _Backward:
             theirs.baddbmm_(alphas[..., some].mT, betas, alpha=-1).baddbmm_(betas[..., some].mT, alphas, alpha=-1)
         return column, theirs
 
-    def _flush(self) -> None:
-        """Takes what dropped picks take from Q and J themselves."""
+    def _flush(self, stays: Tensor) -> None:
+        """Takes what dropped picks take from Q and J themselves, and leaves in these the picks that stay (r,) bool."""
         size, count = self._q.shape[-1], self._count
         columns, alphas, betas = self._taken[:, :, :count]
         for span in self._pool.spans(size, size * max(48, 6 * count // FLOPS_PER_BYTE)):
             self._q[:, span].baddbmm_(alphas[..., span].mT, columns, alpha=-1)
             self._j[:, span].baddbmm_(alphas[..., span].mT, betas, alpha=-1)
             self._j[:, span].baddbmm_(betas[..., span].mT, alphas, alpha=-1)
-        self._count = 0
+        del columns, alphas, betas, self._taken  # before there is more
+        self._left = self._left[stays]
+        self._own, self._theirs, self._first = (x[:, stays] for x in (self._own, self._theirs, self._first))
+        at = stays.repeat_interleave(self._columns).nonzero().squeeze(1)
+        self._q = self._among(self._q, at)
+        self._j = self._among(self._j, at)
+        self._make_room()
+
+    def _among(self, x: Tensor, at: Tensor) -> Tensor:
+        """Some rows and the same columns (s,) of x (L, r c, r c)."""
+        found = x.new_empty(len(x), len(at), len(at))
+        for span in self._pool.spans(len(at), 24 * x.shape[-1]):
+            found[:, span] = x[:, at[span]][..., at]
+        return found
 
 
 def backward_entries(steps: int, drops: int, columns: int) -> int:
@@ -430,6 +491,18 @@ def inverse_of_root(root: Tensor, pool: Shards) -> Tensor:
     return inverse
 
 
+def small_root(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of a symmetric positive definite matrix, or several, that take less time than a span.
+
+    Raises InvalidInput where float64 can't tell one from a singular one.
+    """
+    found: Tensor
+    found, failed = torch.linalg.cholesky_ex(matrix)
+    if bool(failed.any()):
+        raise InvalidInput("ridge is too small for float64 beside these embeddings; raise it", field="ridge")
+    return found
+
+
 def root_of(matrix: Tensor, pool: Shards) -> Tensor:
     """The Cholesky factor (L, n, n) of symmetric positive definite matrices, a tile at a time.
 
@@ -440,10 +513,7 @@ def root_of(matrix: Tensor, pool: Shards) -> Tensor:
     tiles = tiles_of(size)
     for at, j in enumerate(tiles):
         done = slice(0, j.start)
-        found, failed = torch.linalg.cholesky_ex(matrix[:, j, j] - root[:, j, done] @ root[:, j, done].mT)
-        if bool(failed.any()):
-            raise InvalidInput("ridge is too small for float64 beside these embeddings; raise it", field="ridge")
-        root[:, j, j] = found
+        root[:, j, j] = found = small_root(matrix[:, j, j] - root[:, j, done] @ root[:, j, done].mT)
         for i in tiles[at + 1 :]:
             pool.check()
             right = matrix[:, i, j] - root[:, i, done] @ root[:, j, done].mT
@@ -455,6 +525,7 @@ def selection(
     forward: Forward, choice: Choice, pool: Shards, gains: Callable[[], Tensor], notices: tuple[Notice, ...] = ()
 ) -> Selection:
     """What is left after the backward phase. gains: every row's gain (n,) at the first step."""
+    refuse_overflow(forward.scores)
     return picked(*backward(forward, choice, pool), gains, notices)
 
 

@@ -48,6 +48,8 @@ SLOW_BYTES = 4
 COARSE = 1e-2
 #: How wrong exponents of the kernel may be where distances are computed by their expansion; else by differences.
 BLUR = 1e-10
+#: The largest bandwidth in units of the largest entry: under any above, all rows see each other whole.
+WIDEST = 2.0**500
 #: Gains that differ by less than this part of the best are ties.
 TIE = 1e-10
 #: Where exponents end, and their roots: beyond, the exponential is no normal number, which takes ten times as long.
@@ -95,7 +97,8 @@ def herd(
 class Coverage:
     """How well rows are covered by those that are labelled or chosen, m (n,), and what candidates would add.
 
-    rows: (n, D) float64. error: what gains are wrong by at the most, a number.
+    rows: (n, D) float64. error: what gains are wrong by at the most, a number; but for what adding up rounds, a part of
+    a gain that is far below a tie.
     """
 
     def __init__(self, points: Points, weights: Tensor | None, context: Tensor, spec: Herding) -> None:
@@ -115,7 +118,7 @@ class Coverage:
         self.labeled = len(labeled)
         least = least_distance(labeled, self.pool) if spec.adaptive_bandwidth else None
         width = spec.bandwidth * points.scale if least is None else least
-        self.width = max(width, tiny)
+        self.width = min(max(width, tiny), WIDEST)
         _, largest = self.pool.best(self.norms)
         rounding = eps * (8 + 2 * dims)
         blur = rounding * 4 * float(largest) / self.width / self.width

@@ -24,6 +24,8 @@ FARTHEST = 80.0
 COLUMNS = 64
 #: Pairs that are kept per entry of the rows, and at any rate; bytes that one takes while they are put in order.
 PAIRS_PER_ENTRY, FEWEST_PAIRS, PAIR_BYTES = 1.5, 1 << 20, 20
+#: Bytes that a pair takes as long as when it is looked at for what is lost.
+LOSS_BYTES = 64
 
 
 def most_pairs(rows: int, dims: int) -> int:
@@ -175,11 +177,13 @@ class Seers:
         coverage, pool = self._coverage, self._coverage.pool
         total = before.new_zeros(pool.size)
         better = (coverage.covered > before).nonzero().squeeze(1)
-        places, at = self._lists.places(better)
-        rows = better[at]
-        low = before[rows]
-        lost = (self._seen[places].double() * self._shrink).clamp_(low, coverage.covered[rows]).sub_(low)
-        total.index_add_(0, self._candidates[places].long(), lost.mul_(coverage.mass[rows]))
+        pairs = max(1, len(self._seen) // max(1, len(before)))  # of a row, on average
+        for span in pool.spans(len(better), LOSS_BYTES * pairs):
+            places, at = self._lists.places(better[span])
+            rows = better[span][at]
+            low = before[rows]
+            lost = (self._seen[places].double() * self._shrink).clamp_(low, coverage.covered[rows]).sub_(low)
+            total.index_add_(0, self._candidates[places].long(), lost.mul_(coverage.mass[rows]))
         return pool.sum(total)[pool.offset : pool.offset + len(before)]
 
 
@@ -208,6 +212,7 @@ class _Pairs:
         candidates = torch.empty(int(count), dtype=torch.int32, device=count.device)
         seen, free = torch.empty_like(candidates, dtype=torch.float32), lists.starts
         while self._pieces:
+            self._coverage.pool.check()
             rows, theirs, how = self._pieces.pop()
             counts = torch.bincount(rows, minlength=len(free))
             places = (free - (counts.cumsum(0) - counts))[rows.long()] + torch.arange(len(rows), device=rows.device)

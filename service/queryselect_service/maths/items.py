@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from queryselect_service.maths.lists import together
 from queryselect_service.shards import SPAN_BYTES, Shards
 
-#: Rows, or items, that are looked at between two checks: where rows are sorted, few tens of milliseconds.
+#: Rows, or items, that are looked at between two checks.
 BLOCK_ROWS = 1 << 18
 
 
@@ -28,7 +29,7 @@ def aggregate_items(scores: Tensor, items: Tensor, size: int, how: str, top_k: i
         counts.index_add_(0, theirs, torch.ones_like(theirs))
     stops = counts.cumsum(0)  # (I,), where an item's rows end once they are together
     if bool((items[1:] < items[:-1]).any()):
-        scores = _together(scores, items, stops - counts, pool)
+        scores = together(scores, items, stops - counts, pool)
     found = scores.new_empty(size)
     for some, rows in _blocks(stops, pool):
         block, lengths = scores[rows], counts[some]
@@ -44,24 +45,6 @@ def aggregate_items(scores: Tensor, items: Tensor, size: int, how: str, top_k: i
         found[some] = torch.where(lengths > 0, of_items, 0.0)
     largest = torch.finfo(found.dtype).max
     return found.clamp_(-largest, largest)
-
-
-def _together(scores: Tensor, items: Tensor, starts: Tensor, pool: Shards) -> Tensor:
-    """The scores (N,) with those of each item one after the other, in order of rows.
-
-    starts: (I,), where those of an item begin; written.
-    """
-    found = torch.empty_like(scores)
-    narrow = torch.int32 if len(starts) < 1 << 31 else torch.int64  # sorted faster
-    for span in pool.spans(len(items), SPAN_BYTES // BLOCK_ROWS):
-        mine, order = items[span].to(narrow).sort(stable=True)
-        values, lengths = torch.unique_consecutive(mine, return_counts=True)
-        values = values.long()
-        shift = starts[values] - (lengths.cumsum(0) - lengths)  # from a place in this span to that in `found`
-        places = torch.arange(len(mine), device=mine.device) + shift.repeat_interleave(lengths)
-        found.index_copy_(0, places, scores[span][order])
-        starts[values] += lengths
-    return found
 
 
 def _blocks(stops: Tensor, pool: Shards) -> Iterator[tuple[slice, slice]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from queryselect_service.maths.distances import EXACT_BYTES, Points, at_once
-from queryselect_service.maths.lists import Lists
+from queryselect_service.maths.lists import Lists, together
 from queryselect_service.shards import Shards
 
 #: Bytes that a graph takes per edge while it is made.
@@ -102,10 +102,10 @@ class Neighbourhoods:
 class Graph:
     """Of every row of all slices, N, the rows here that are within its radius."""
 
-    def __init__(self, tails: Tensor, heads: Tensor, size: int) -> None:
-        """tails: (e,) global rows, of `size` in all, and heads: (e,) rows here within their radius; int32."""
-        self._heads = heads[tails.argsort()]
-        self._lists = Lists(torch.bincount(tails, minlength=size))
+    def __init__(self, tails: Tensor, heads: Tensor, pool: Shards) -> None:
+        """tails: (e,) global rows, and heads: (e,) rows here within their radius; int32."""
+        self._lists = Lists(torch.bincount(tails, minlength=pool.size))
+        self._heads = together(heads, tails, self._lists.starts, pool)
 
     def around(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs (p,), (p,): rows here, and at which of the global rows (m,) they are neighbours."""
@@ -137,7 +137,7 @@ class _Edges:
             return None
         tails, heads = torch.cat(self._tails), torch.cat(self._heads)
         self._tails, self._heads = [], []
-        return Graph(tails, heads, pool.size)
+        return Graph(tails, heads, pool)
 
 
 def apart(points: Points, rows: Tensor, centres: Tensor, at: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 GAMMA = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 MASK = (1 << 64) - 1
+#: Bytes that the noise of a row touches while it is made.
+NOISE_BYTES = 64
 
 
 def uniform(seed: int, rows: Tensor, step: int = 0) -> Tensor:

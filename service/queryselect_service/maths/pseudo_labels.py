@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from queryselect_service.errors import InvalidInput
 from queryselect_service.maths.descriptors import (
     Head,
     Terms,
@@ -137,14 +138,22 @@ def mutual_information(samples: Samples, rows: slice, embeddings: Tensor, head: 
 
         C_gg(y) = S + K m_y m_yᵀ,   S = Σ_k (b_k - b)(b_k - b)ᵀ + 1e-8 I,   t_y = m_yᵀ S⁻¹ m_y
         I(y) = log(1 + K t_y) - log(1 + (1 - ρ) K t_y),   ρ = K |z|² / (K |z|² + 1e-8)
+
+    Raises InvalidInput where 1e-8 is nothing beside W, and S can't be told from a singular matrix.
     """
     b = samples[rows] @ head.plain  # (n, K, r)
     count, mean = b.shape[1], b.mean(1)
     centered = b - mean[:, None]
     s = centered.transpose(1, 2) @ centered
-    s.diagonal(dim1=1, dim2=2).add_(RIDGE)
+    s.diagonal(dim1=1, dim2=2).add_(RIDGE / head.unit / head.unit)
+    root, failed = torch.linalg.cholesky_ex(s)
+    if bool(failed.any()):
+        words = (
+            "pool.head_weights are too large for pseudo_label MC_MUTUAL_INFORMATION: beside gradients of such length "
+        )
+        raise InvalidInput(f"{words}float64 does not hold the {RIDGE:g} added to variances", field="pool.head_weights")
     difference = mean[:, None] - head.plain  # (n, C, r)
-    half = torch.linalg.solve_triangular(torch.linalg.cholesky(s), difference.transpose(1, 2), upper=False)
+    half = torch.linalg.solve_triangular(root, difference.transpose(1, 2), upper=False)
     t = count * half.square().sum(1)  # (n, C), K t_y
     rest = RIDGE / (count * embeddings[rows].double().square().sum(1, keepdim=True) + RIDGE)  # 1 - ρ
     information: Tensor = t.log1p() - (rest * t).log1p()  # (n, C)

@@ -25,6 +25,7 @@ from queryselect_service.choice import Choice
 from queryselect_service.maths.fisher import (
     AT_ONCE,
     DRIFT,
+    FLOPS_PER_BYTE,
     ROUNDING,
     TIE,
     Design,
@@ -33,10 +34,13 @@ from queryselect_service.maths.fisher import (
     backward_entries,
     inverse_of_root,
     leader,
+    product,
+    refuse_overflow,
     root_of,
 )
 from queryselect_service.maths.predictions import Predictions
 from queryselect_service.maths.sieve import Sieve
+from queryselect_service.shards import Shards
 
 #: Rows that compete at first: a part of all, but at least and at most so many.
 TEAM_PART, LEAST_TEAM, MOST_TEAM = 32, 256, 1024
@@ -106,16 +110,19 @@ class _Guess:
 class _Steps:
     """The directions u and ζ (L, D, R) of picks among a few rows, one after the other; A and B stay as they are."""
 
-    def __init__(self, x: Tensor, a: Tensor, b: Tensor, exact: tuple[Tensor, Tensor] | None, picks: int) -> None:
+    def __init__(
+        self, x: Tensor, a: Tensor, b: Tensor, exact: tuple[Tensor, Tensor] | None, picks: int, pool: Shards
+    ) -> None:
         """x: (T, D). a, b: A and B (L, D, D). exact: S and SᵀFS where A = S Sᵀ, which lose fewer digits."""
-        self._x, self._a, self._b, self._exact = x, a, b, exact
-        self._y = None if exact is None else x @ exact[0]  # (L, T, D)
+        self._x, self._a, self._b, self._exact, self._pool = x, a, b, exact, pool
+        self._y = None if exact is None else torch.cat([product(x[None], s[None], pool) for s in exact[0]])  # (L, T, D)
         self.u, self.zeta = a.new_empty(*a.shape[:2], picks), a.new_empty(*a.shape[:2], picks)
         self._p, self._q = (a.new_empty(len(a), len(x), picks) for _ in range(2))  # all rows' x.u and x.ζ
         self._count = 0
 
     def take(self, at: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """x.u and x.ζ (L, T) of all rows for the pick at (1,). weight: (L, 1), 1/√(τ + g)."""
+        self._pool.check()
         row = self._x.index_select(0, at).T  # (D, 1)
         if self._y is None or self._exact is None:
             ax, bx = self._a @ row, self._b @ row  # (L, D, 1)
@@ -152,6 +159,7 @@ class _Lengths:
         self._upper = middle.triu() + middle.triu(1)  # yᵀ middle y = yᵀ upper y
         self._turned, self._top = len(half) <= TURNED, half.new_zeros(())
         if self._turned:
+            refuse_overflow(middle)
             values, vectors = torch.linalg.eigh(middle)
             self._top = values[-1]
             # With SᵀFS = T diag(λ) Tᵀ and z = Tᵀy, g = Σ z² and h = Σ λ z².
@@ -220,9 +228,8 @@ class RankOne:
         labels, dims = half.shape[:2]
         lengths, rooms = [], self._like.new_empty(2, AT_ONCE, dims)
         for label, (s, middle) in enumerate(zip(*self._exact, strict=True)):
-            self._pool.check()
-            torch.mm(s.T @ self._fisher[label], s, out=middle)
-            self._a[label], self._b[label] = s @ s.T, s @ middle @ s.T
+            middle.copy_(self._product(s.T, self._fisher[label], s))
+            self._a[label], self._b[label] = self._product(s, s.T), self._product(s, middle, s.T)
             lengths.append(_Lengths(s, middle, rooms))
         for span, x in self._rows.read(4 * labels * dims * dims, 4 * dims):
             for label, of in enumerate(lengths):
@@ -236,6 +243,12 @@ class RankOne:
         self._first_g, self._first_h = self._g.clone(), self._h.clone()
         if self._sieve is not None:
             self._sieve = self._sieve.restarted(self._first_g, self._first_h)
+
+    def _product(self, first: Tensor, *others: Tensor) -> Tensor:
+        """The product of some matrices, from the left."""
+        for other in others:
+            first = product(first[None], other[None], self._pool)[0]
+        return first
 
     def _gains(self) -> Tensor:
         """Every row's gain (n,)."""
@@ -259,7 +272,7 @@ class RankOne:
         if self._sieve is not None:
             g, h = self._sieve.exact(x, first_g, first_h)
         free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        steps = _Steps(x, self._a, self._b, self._exact, picks)
+        steps = _Steps(x, self._a, self._b, self._exact, picks, self._pool)
         chosen, scores, weights, errors = [], [], [], []
         for _ in range(picks):
             kept = 1 / (tau + g)
@@ -368,10 +381,11 @@ class RankOne:
     def _advance(self, guess: _Guess, count: int) -> None:
         """Makes the first picks count."""
         u, zeta = directions = guess.directions()[..., :count]
-        self._a -= u @ u.mT
-        self._b -= u @ zeta.mT + zeta @ u.mT
         weighted = guess.x[:count] * guess.weights[..., :count, None]  # (L, r, D)
-        self._matrix += weighted.mT @ weighted
+        for some in self._pool.spans(u.shape[1], u.shape[1] * len(u) * max(8 * 8, 4 * count // FLOPS_PER_BYTE)):
+            self._a[:, some] -= u[:, some] @ u.mT
+            self._b[:, some] -= u[:, some] @ zeta.mT + zeta[:, some] @ u.mT
+            self._matrix[:, some] += weighted.mT[:, some] @ weighted
         self._exact = None
         for some in self._rows.spans(0, 8 * count * len(self._g)):
             p, z = guess.products[:, :count, :, some]
@@ -412,6 +426,7 @@ class RankOne:
                 row, score, *found = leader(choice, gains, *self._state())
                 if choice.ends(score):
                     break
+                refuse_overflow(score)
                 guess, count = self._guess(row[None], *(each[None] for each in found), picks=1), 1
                 for _ in self._projected(guess):
                     pass
@@ -451,7 +466,8 @@ class RankOne:
         # On the diagonal √(1 + γ), γ = σ² g, where σ x.u is γ/√(1 + γ).
         own = (u * (x.T * weights[:, None])).sum(1)  # (L, m)
         root.diagonal(dim1=-2, dim2=-1).copy_((own + (own.square() + 4).sqrt()) / 2)
-        return root, u.mT @ self._fisher @ u
+        middle = torch.cat([self._product(mine.T, f, mine)[None] for mine, f in zip(u, self._fisher, strict=True)])
+        return root, middle
 
 
 def _rounding(kept: Tensor, gains: Tensor, first_g: Tensor, first_h: Tensor) -> Tensor:

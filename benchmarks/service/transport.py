@@ -1,4 +1,4 @@
-"""How fast a pool gets to the server, and what that costs: `make bench-service`.
+"""How fast a pool gets to the server, and what that costs.
 
 One run measures, in alternation: a plain TCP connection over the loopback (into memory that is kept, as an upload is,
 and into one small buffer again and again), the client's stream, and a unary call beside it; the server's peak memory
@@ -7,7 +7,6 @@ and its CPU seconds per GB; then `k_center_greedy` on a million rows by stream, 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import threading
 import time
@@ -19,14 +18,16 @@ import grpc
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import machine
-from benchmarks.loopback import process, receiver, tcp
 from benchmarks.machine import MB, Usage, in_flight
+from benchmarks.service.loopback import QUIETLY, process, receiver, tcp
 from queryselect import Cancelled, Client
 from queryselect.v1 import selection_pb2, selection_pb2_grpc, tensor_pb2
 
 DIMS = 384
-QUIETLY = ("--port", "0", "--metrics-port", "0", "--log-level", "WARNING")
+#: The payload of a way, and how often each goes.
+GIGABYTES, ROUNDS = 1.0, 5
+#: Of `k_center_greedy`.
+ROWS, BUDGET = 1_000_000, 100
 
 Row = dict[str, float]
 
@@ -59,9 +60,12 @@ def transport(gigabytes: float, rounds: int) -> dict[str, Row]:
     seen: dict[str, list[Row]] = defaultdict(list)
     with (
         receiver() as (tcp_pid, tcp_port),
-        process("-m", "benchmarks.server", *QUIETLY) as (pid, (port, _)),
+        process("-m", "benchmarks.service.server", *QUIETLY) as (pid, (port, _)),
         # A server of its own: after a message of a gigabyte, gRPC's allocator keeps much of it for the next.
-        process("-m", "benchmarks.server", *QUIETLY, "--max-inline-bytes", inline) as (unary_pid, (unary_port, _)),
+        process("-m", "benchmarks.service.server", *QUIETLY, "--max-inline-bytes", inline) as (
+            unary_pid,
+            (unary_port, _),
+        ),
         Client(f"127.0.0.1:{port}") as client,
         grpc.insecure_channel(f"127.0.0.1:{unary_port}", [("grpc.max_send_message_length", -1)]) as channel,
     ):
@@ -142,33 +146,21 @@ def _cancel(client: Client, metrics: int, pool: np.ndarray[Any, Any]) -> float:
     raise RuntimeError("the selection was over before it was cancelled")
 
 
-def show(ways: dict[str, Row], found: Row | None) -> str:
+def measure(*, quick: bool = False) -> dict[str, Any]:
+    """Every way of a pool to the server, and a large selection by stream."""
+    ways = transport(0.01, 1) if quick else transport(GIGABYTES, ROUNDS)
+    found = large(20_000, 10) if quick else large(ROWS, BUDGET)
+    over = ways["stream"]["receiver peak MB"] - ways["stream"]["payload MB"]
+    return {"ways": ways, "large": found, "server's peak memory over the payload, MB": over}
+
+
+def show(found: dict[str, Any]) -> str:
     """The tables, for people."""
+    ways, selection = found["ways"], found["large"]
     columns = list(next(iter(ways.values())))
     lines = [f"{'':18}" + "".join(f"{name:>20}" for name in columns)]
     lines += [f"{name:18}" + "".join(f"{row[key]:20.2f}" for key in columns) for name, row in ways.items()]
-    over = ways["stream"]["receiver peak MB"] - ways["stream"]["payload MB"]
-    lines.append("")
-    lines.append(f"server's peak memory over the payload: {over:.0f} MB")
-    if found:
-        lines += ["", *(f"{key:30}{value:14.2f}" for key, value in found.items())]
+    over = found["server's peak memory over the payload, MB"]
+    lines += ["", f"server's peak memory over the payload: {over:.0f} MB", ""]
+    lines += [f"{key:30}{value:14.2f}" for key, value in selection.items()]
     return "\n".join(lines)
-
-
-def main() -> None:
-    """Runs, prints, and keeps the result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.transport", description=__doc__.partition("\n")[0])
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="payload (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of k_center_greedy; 0: not at all")
-    parser.add_argument("--budget", type=int, default=100, help="of k_center_greedy (default %(default)s)")
-    chosen = parser.parse_args()
-    ways = transport(chosen.gigabytes, chosen.rounds)
-    found = large(chosen.rows, chosen.budget) if chosen.rows else None
-    print(show(ways, found))
-    result = {"machine": machine.describe(), "ways": ways, "large": found}
-    print(f"kept in {machine.keep('transport', machine.name(), result)}")
-
-
-if __name__ == "__main__":
-    main()

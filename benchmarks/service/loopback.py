@@ -9,17 +9,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 BLOCK = 1 << 20
+#: A server on free ports that says which, and nothing else.
+QUIETLY = ("--port", "0", "--metrics-port", "0", "--log-level", "WARNING")
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[tuple[int, list[int]]]:
-    """A Python process of its own that prints its ports after a colon; gives its pid and the ports."""
-    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as running:
+def process(*arguments: str, errors: IO[str] | None = None) -> Iterator[tuple[int, list[int]]]:
+    """A Python process of its own that prints its ports after a colon; gives its pid and the ports.
+
+    errors: a file for what it says of itself; where this process has its own, unless told.
+    """
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True) as running:
         try:
             assert running.stdout is not None  # asked for above
             line = running.stdout.readline()

@@ -1,0 +1,1 @@
+"""What the service itself can take: transport, load, faults."""

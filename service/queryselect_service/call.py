@@ -1,0 +1,51 @@
+"""One caller, as everything behind the transport knows it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from queryselect_service.errors import Busy, Cancelled, DeadlineExceeded
+
+
+@dataclass(eq=False)
+class Call:
+    """One caller: whether it still wants the answer, until when (time.monotonic), and whom to tell how far it is.
+
+    peer: whose request it is; what is shared is shared fairly between peers. admitted: whether it has its place and its
+    memory. reserved: the bytes that were set aside then. begun: whether the device has worked for it. stirred: set when
+    anything happened that whoever waits for this call should look at.
+    """
+
+    request_id: str
+    deadline: float | None = None
+    report: Callable[[int, int], None] = lambda *_: None
+    peer: str = ""
+    reserved: int = 0
+    admitted: bool = False
+    begun: bool = False
+    refused: tuple[str, float] | None = None  # why, and the seconds after which to come back
+    gone: threading.Event = field(default_factory=threading.Event)
+    stirred: threading.Event = field(default_factory=threading.Event)
+
+    def check(self) -> None:
+        """Raises Cancelled, DeadlineExceeded, or Busy where the call was refused."""
+        if self.deadline is not None and time.monotonic() > self.deadline:  # first: then the caller goes, too
+            raise DeadlineExceeded("the caller's deadline has passed")
+        if self.gone.is_set():
+            raise Cancelled("the caller has gone")
+        if self.refused is not None:
+            words, retry_after = self.refused
+            raise Busy(words, retry_after=retry_after)
+
+    def leave(self) -> None:
+        """The caller has gone."""
+        self.gone.set()
+        self.stirred.set()
+
+    def refuse(self, words: str, retry_after: float) -> None:
+        """Has whoever works for the call raise Busy soon."""
+        self.refused = (words, retry_after)
+        self.stirred.set()

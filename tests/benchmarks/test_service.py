@@ -1,0 +1,71 @@
+"""The benchmark of the service: what it measures and keeps, on sizes that only show that everything runs."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from benchmarks.service.__main__ import main
+from benchmarks.service.crew import Crew
+from benchmarks.service.overload import GUESTS
+
+
+def fails(_number: int, _start: object) -> None:
+    raise ValueError("no such luck")
+
+
+def numbers(number: int, start) -> int:
+    start()
+    return number
+
+
+def kept(folder) -> dict:
+    (path,) = folder.iterdir()
+    assert path.name == f"service-quick-{os.uname().machine}-{os.cpu_count()}-cores.json"
+    return json.loads(path.read_text())
+
+
+def test_parts_are_measured_and_kept_beside_those_of_earlier_runs(tmp_path, capsys):
+    for part in ("load", "health"):
+        assert main([part, "--quick", "--results", str(tmp_path)]) == 0
+    found = kept(tmp_path)
+    assert {"cpu", "cores", "grpcio"} <= set(found["machine"])
+    assert set(found["parts"]) == {"load", "health"}
+
+    load = found["parts"]["load"]
+    assert [(row["way"], row["clients"]) for row in load["rows"]] == [("client", 2), ("stub", 2)]
+    for row in load["rows"]:
+        assert set(row["answers"]) == {"result"}
+        assert row["requests/s"] > 0
+        assert row["p50 ms"] <= row["p99 ms"] <= row["max ms"]
+        assert row["server CPU ms/request"] > 0
+
+    health = found["parts"]["health"]
+    assert health["bound ms"] > 100
+    assert set(health["idle"]["answers"]) == {"SERVING"}
+    assert health["idle"]["liveness"]["p50 ms"] > 0
+    assert set(health["answers under overload"]) == set(GUESTS)
+    assert health["not as documented"] == []
+    assert health["after overload"]["in flight"] == 0
+    printed = capsys.readouterr().out
+    assert "server CPU ms/request" in printed
+    assert "answers under overload" in printed
+
+
+def test_a_crew_starts_together_and_tells_what_each_found():
+    with Crew(3, numbers) as crew:
+        crew.begin(0.1)
+        assert crew.found() == [0, 1, 2]
+
+
+def test_a_process_that_fails_is_told_and_the_others_end():
+    with pytest.raises(RuntimeError, match=r"(?s)a process has failed:.*no such luck"), Crew(1, fails) as crew:
+        crew.begin(0.1)
+
+
+def test_an_unknown_part_is_refused_with_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["no_such_part"])
+    assert "transport, load, health" in capsys.readouterr().err
