@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from queryselect import (
 from queryselect_service import server
 from queryselect_service.settings import Settings
 from tests.client.fake import Attempt, Fake
+from tests.frames import frames
 
 N = 70_000
 RNG = np.random.default_rng(0)
@@ -63,9 +63,9 @@ def until(done: Callable[[], Any], seconds: float = 5.0) -> bool:
 
 def at_work() -> set[threading.Thread]:
     """The threads of jobs, and those that draw chunks from an upload."""
-    frames, found = sys._current_frames(), set()
+    at, found = frames(), set()
     for thread in threading.enumerate():
-        frame = frames.get(thread.ident or 0)
+        frame = at.get(thread.ident or 0)
         while frame is not None and frame.f_code.co_filename != _upload.__file__:
             frame = frame.f_back
         if frame is not None or thread.name == "queryselect-job":

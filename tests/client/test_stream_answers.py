@@ -230,4 +230,4 @@ def test_a_call_given_up_takes_no_room_on_the_server() -> None:
         room = started.frontend.service.engine.host
         with pytest.raises(ZeroDivisionError):
             client.select("k_center_greedy", 10, embeddings=X32, progress=lambda _, done, __: 1 / (done == 0))
-        assert until(lambda: not (room.taken or room.reserved or started.frontend._selecting))
+        assert until(lambda: not (room.taken or room.reserved or started.frontend._selecting.taken))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2, tens
 from queryselect_service import server
 from queryselect_service import strategy as registry
 from queryselect_service.stream import Inbox
+from tests.frames import frames
 from tests.service.test_errors import (
     FAR,
     P,
@@ -232,7 +232,7 @@ def free(running: server.Server, seconds: float = 2.0) -> None:
     engine, until = frontend.service.engine, time.monotonic() + seconds
 
     def held():
-        inboxes = [frame for frame in sys._current_frames().values() if reads(frame)]
+        inboxes = [frame for frame in frames().values() if reads(frame)]
         rooms = (engine.host.taken, engine.host.reserved, len(engine.queue))
         return rooms, frontend._running, frontend._selecting.taken, dict(frontend._streams), len(inboxes)
 
