@@ -126,12 +126,12 @@ class Frontend:
     @contextmanager
     def visit(self, rpc: str, context: grpc.ServicerContext) -> Iterator[Visit]:
         """One RPC at work. Whatever is raised inside aborts it: the caller is told, and the server lives."""
-        started, code = time.monotonic(), grpc.StatusCode.OK
+        since, code = time.monotonic(), grpc.StatusCode.OK
         visit = Visit(Call(uuid.uuid4().hex, peer=context.peer()))
         call, remaining = visit.call, context.time_remaining()
         # gRPC says "no deadline" as None, or as more seconds than a clock can count.
         if remaining is not None and remaining < threading.TIMEOUT_MAX:
-            call.deadline = started + remaining
+            call.deadline = since + remaining
         try:
             if not context.add_callback(call.leave):
                 call.leave()
@@ -148,7 +148,7 @@ class Frontend:
             traceback.clear_frames(error.__traceback__)  # they hold the request's tensors, in a circle with the error
             context.abort_with_status(abortion)  # raises, which ends the RPC
         finally:
-            seconds = time.monotonic() - started
+            seconds = time.monotonic() - since
             self.metrics.requests.labels(rpc, visit.strategy, code.name).inc()
             self.metrics.duration.labels(rpc, visit.strategy).observe(seconds)
             log.info("%s %s %s %s %.1f ms", call.request_id, rpc, visit.strategy or "-", code.name, seconds * 1e3)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from google.protobuf.message import Message
 
 from queryselect import Client, _upload
 from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import PLUGINS, ScoreKind, Selection, strategy
 from tests.client.fake import Fake
-from tests.client.streams import at_work, until
+from tests.client.streams import until
 
 
 @dataclass
@@ -64,11 +65,24 @@ def address(request: pytest.FixtureRequest, target: str) -> str:
 
 
 @pytest.fixture
-def nothing_is_left() -> Iterator[None]:
-    """However a call ends, its threads end soon after it."""
-    before = at_work()
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """However a call ends, its threads end soon after it: those of jobs, and those that draw from an upload."""
+    drawing, draw = set[_upload.Upload](), _upload.Upload.__iter__
+
+    def watched(upload: _upload.Upload) -> Iterator[Message]:
+        drawing.add(upload)
+        try:
+            yield from draw(upload)
+        finally:  # a thread that lets go of what it draws from comes by here, too
+            drawing.discard(upload)
+
+    def jobs() -> set[threading.Thread]:
+        return {each for each in threading.enumerate() if each.name == "queryselect-job"}
+
+    before = jobs()
+    monkeypatch.setattr(_upload.Upload, "__iter__", watched)
     yield
-    assert until(lambda: not at_work() - before), at_work() - before
+    assert until(lambda: not drawing and not jobs() - before), (drawing, jobs() - before)
 
 
 @pytest.fixture

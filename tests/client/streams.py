@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +13,10 @@ from queryselect import (
     Client,
     Margin,
     Picks,
-    _upload,
 )
 from queryselect_service import server
 from queryselect_service.settings import Settings
 from tests.client.fake import Attempt, Fake
-from tests.frames import frames
 
 N = 70_000
 RNG = np.random.default_rng(0)
@@ -59,18 +56,6 @@ def until(done: Callable[[], Any], seconds: float = 5.0) -> bool:
     while not (found := done()) and time.monotonic() < end:
         time.sleep(0.01)
     return bool(found)
-
-
-def at_work() -> set[threading.Thread]:
-    """The threads of jobs, and those that draw chunks from an upload."""
-    at, found = frames(), set()
-    for thread in threading.enumerate():
-        frame = at.get(thread.ident or 0)
-        while frame is not None and frame.f_code.co_filename != _upload.__file__:
-            frame = frame.f_back
-        if frame is not None or thread.name == "queryselect-job":
-            found.add(thread)
-    return found
 
 
 @contextmanager

@@ -10,6 +10,25 @@ import pytest
 
 from queryselect_service import server
 from queryselect_service.settings import Settings
+from queryselect_service.stream import Inbox
+from tests.service.streams import READING
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _streams_that_are_read():
+    """`READING` is kept. Threads are not asked where they are: CPython may crash or stand still for it."""
+    read = Inbox._read
+
+    def watched(inbox: Inbox) -> None:
+        READING.add(inbox)
+        try:
+            read(inbox)
+        finally:
+            READING.discard(inbox)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Inbox, "_read", watched)
+        yield
 
 
 @pytest.fixture

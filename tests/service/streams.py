@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from types import FrameType
 
 import grpc
 import numpy as np
@@ -21,7 +20,6 @@ from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2, tens
 from queryselect_service import server
 from queryselect_service import strategy as registry
 from queryselect_service.stream import Inbox
-from tests.frames import frames
 from tests.service.test_errors import (
     FAR,
     P,
@@ -36,6 +34,8 @@ Code, Request = grpc.StatusCode, selection_pb2.SelectStreamRequest
 MIB = 1 << 20
 POOL_SCORES = selection_pb2.RETURN_POOL_SCORES
 RNG = np.random.default_rng(0)
+#: The streams whose messages a thread reads now.
+READING: set[Inbox] = set()
 #: Pools of several blocks of rows.
 LONG_P = RNG.dirichlet(np.ones(2), 9000).astype(np.float32)
 LONG_X = RNG.normal(size=(9000, 3)).astype(np.float32)
@@ -221,20 +221,14 @@ def serves(running: server.Server, channel: grpc.Channel) -> None:
     free(running)
 
 
-def reads(frame: FrameType | None) -> bool:
-    """Whether a thread at this point reads the messages of a stream."""
-    return frame is not None and (frame.f_code is Inbox._read.__code__ or reads(frame.f_back))
-
-
 def free(running: server.Server, seconds: float = 2.0) -> None:
     """Whatever was set aside, and every thread that read a stream, is back within so many seconds."""
     frontend = running.frontend
     engine, until = frontend.service.engine, time.monotonic() + seconds
 
     def held():
-        inboxes = [frame for frame in frames().values() if reads(frame)]
         rooms = (engine.host.taken, engine.host.reserved, len(engine.queue))
-        return rooms, frontend._running, frontend._selecting.taken, dict(frontend._streams), len(inboxes)
+        return rooms, frontend._running, frontend._selecting.taken, dict(frontend._streams), len(READING)
 
     while held() != ((0, 0, 0), 0, 0, {}, 0) and time.monotonic() < until:
         time.sleep(0.005)
