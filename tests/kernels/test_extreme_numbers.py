@@ -44,9 +44,7 @@ def heavy(scale, weight):
     return {"embeddings": scale * X[:4], "probabilities": P[:4], "weights": np.full(4, weight)}
 
 
-@pytest.mark.parametrize(
-    ("name", "scale", "weight"), [("bait_binary", 1e-30, 1e38), ("bait_diagonal", 1e-100, 1e300)]
-)
+@pytest.mark.parametrize(("name", "scale", "weight"), [("bait_binary", 1e-30, 1e38), ("bait_diagonal", 1e-100, 1e300)])
 def test_gains_that_overflow_are_refused(local, name, scale, weight):
     with pytest.raises(InvalidInput, match="ridge is too small for float64") as caught:
         select(local, name, reference=heavy(scale, weight))
