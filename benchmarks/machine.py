@@ -81,6 +81,7 @@ class Usage:
         self._path = Path(f"/proc/{pid}")
         (self._path / "clear_refs").write_text("5")  # the peak starts anew
         self.before = self._status("VmRSS") if before is None else before
+        self._own = self._status("RssAnon")
         self._cpu = self._seconds()
 
     @property
@@ -90,8 +91,11 @@ class Usage:
 
     @property
     def now(self) -> float:
-        """The resident memory now, less what there was, in MB."""
-        return self._status("VmRSS") - self.before
+        """The resident memory now, less what there was, in MB.
+
+        Its own: pages of libraries come and go as they are used and as the system likes.
+        """
+        return self._status("RssAnon") - self._own
 
     @property
     def peak(self) -> float:

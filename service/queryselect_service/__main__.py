@@ -6,17 +6,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-#: How often torch's helpers look for more work before they sleep. By default that is a millisecond after each
-#: operation, which on two cores took twice the processor time of a small selection and made it slower; if they never
-#: look, a kernel waits for them to wake.
-SPINS = "10000"
+# How often torch's helpers look for more work before they sleep; read once, when torch is imported. By default they
+# look for a millisecond after each operation, which on two cores took twice the processor time of a small selection and
+# made it slower; if they never look, a kernel waits for them to wake.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+from queryselect_service import server, settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until told to stop. Returns the exit status."""
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read once, when torch is imported
-    from queryselect_service import server, settings  # noqa: PLC0415
-
     try:
         chosen = settings.load(sys.argv[1:] if arguments is None else arguments, os.environ)
         server.run(chosen)
