@@ -189,9 +189,9 @@ class Server:
         return {"ran s": ran, "cancelled ms": at, "worst cancel ms": max(at.values(), default=None)}
 
 
-def beside() -> Iterator[Asked]:
+def beside(million: int = 1_000_000) -> Iterator[Asked]:
     """What is beside kernels, at sizes where it takes long: rows left out, limits, items, large answers."""
-    million, rng = 1_000_000, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def normal(rows: int, width: int) -> Any:
         return rng.standard_normal((rows, width), np.float32)
@@ -200,10 +200,10 @@ def beside() -> Iterator[Asked]:
     yield Asked("a tenth of a million rows excluded", "k_center_greedy", 100, excluded)
     del excluded
     limits = {
-        "groups": rng.integers(50_000, size=million), "max_per_group": 3,
-        "costs": rng.random(million), "cost_budget": 1e5,
+        "groups": rng.integers(million // 20, size=million), "max_per_group": 3,
+        "costs": rng.random(million), "cost_budget": million / 10,
     }  # fmt: skip
-    yield Asked("groups, costs and 100 000 picks", "margin", 100_000, {"logits": normal(million, 10), **limits})
+    yield Asked("groups, costs and 100 000 picks", "margin", million // 10, {"logits": normal(million, 10), **limits})
     items = {"item_rows": rng.integers(million // 2, size=10 * million)}
     yield Asked("items of 20 rows, in any order", "margin", 100, {"logits": normal(10 * million, 4), **items})
     del items
@@ -211,8 +211,12 @@ def beside() -> Iterator[Asked]:
     yield Asked("ten million scores in the answer", "margin", 100, scores)
     del scores
     yield Asked("a million picks", "margin", million, {"logits": normal(2 * million, 4)})
-    labels = {"embeddings": normal(million // 2, 32), "returns": ["PSEUDO_LABELS"]}
-    yield Asked("guessed labels in the answer", "k_means", 100, labels)
+    reference = {"embeddings": normal(1000, 32), "logits": normal(1000, 10), "labels": rng.integers(10, size=1000)}
+    pool = {
+        "embeddings": normal(million // 2, 32), "logits": normal(million // 2, 10), "reference": reference,
+        "params": {"kernel": "LAST_LAYER", "reference_subset": "ALL"}, "returns": ["PSEUDO_LABELS"],
+    }  # fmt: skip
+    yield Asked("guessed labels in the answer", "fisher_kernel", 100, pool)
 
 
 def rows(wanted: list[str], seconds: float, server: Server | None) -> Iterator[Row]:

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from benchmarks.service import cancel
 from benchmarks.service.__main__ import main
 from benchmarks.service.crew import Crew
 from benchmarks.service.overload import GUESTS
@@ -52,6 +53,14 @@ def test_parts_are_measured_and_kept_beside_those_of_earlier_runs(tmp_path, caps
     printed = capsys.readouterr().out
     assert "server CPU ms/request" in printed
     assert "answers under overload" in printed
+
+
+@pytest.mark.parametrize("call", list(cancel.beside(2000)), ids=lambda call: call.title)
+def test_what_is_cancelled_beside_kernels_is_a_request(local, call):
+    row = cancel.stretches(call, 60)
+    assert row["covered"] == 1
+    assert row["stretches"]
+    assert len(local.select(call.strategy, call.budget, **call.options)) > 0
 
 
 def test_a_crew_starts_together_and_tells_what_each_found():
