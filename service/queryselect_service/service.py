@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import strategy as strategies
 from queryselect_service import wire
 from queryselect_service.call import Call
-from queryselect_service.engine import Engine, Times
+from queryselect_service.engine import Engine
 from queryselect_service.errors import OverLimit
 from queryselect_service.request import Request
 from queryselect_service.settings import Settings
@@ -48,26 +47,23 @@ class Service:
 
         Raises ServiceError.
         """
-        times = Times()
-        request = self.read(message, call, times, buffers)
-        return self.run(request, call, times, held=0 if buffers else request.nbytes)
+        request = self.read(message, call, buffers or {})
+        return self.run(request, call, held=0 if buffers else request.nbytes)
 
-    def read(
-        self, message: selection_pb2.SelectRequest, call: Call, times: Times, buffers: wire.Buffers | None = None
-    ) -> Request:
-        """What a message asks for, checked. Raises ServiceError.
+    def read(self, message: selection_pb2.SelectRequest, call: Call, buffers: wire.Buffers | None) -> Request:
+        """What a message asks for, checked. buffers: see wire.decode. Raises ServiceError.
 
         Its tensors are not the message's memory, which may go.
         """
-        with self.desk:
-            started = time.monotonic()
-            request = wire.decode(message, buffers or {}, self.settings)
+        with call.times.phase("decode"), self.desk:
+            request = wire.decode(message, buffers, self.settings)
+            call.strategy = request.strategy.name
             request.check(self.settings, call.check)
-            times.decode = time.monotonic() - started
+        call.sizes = {**request.letters, "k": request.max_items or 0}
         return request
 
     def run(
-        self, request: Request, call: Call, times: Times, *, held: int, largest_answer: int | None = None
+        self, request: Request, call: Call, *, held: int, largest_answer: int | None = None
     ) -> selection_pb2.SelectResponse:
         """Selects. held: bytes of the request's tensors that this process keeps for it. Raises ServiceError.
 
@@ -77,29 +73,23 @@ class Service:
         if largest_answer is not None and size > largest_answer:
             raise OverLimit("bytes of the answer", size, largest_answer, name="max_inline_bytes", field="returns")
         if not request.validate_only:
-            with self.engine.admit(request, call, times, held=held) as place:
+            with self.engine.admit(request, call, held=held) as place:
                 selection = place.run(lambda: request.problem(call.check))
-        return self.answer(selection, request, call, times)
+        return self.answer(selection, request, call)
 
     def select_stream(self, messages: Iterator[wire.StreamMessage], call: Call) -> Stream:
         """A stream of messages to be answered."""
         return Stream(self, messages, call)
 
     def answer(
-        self,
-        selection: Selection | None,
-        request: Request,
-        call: Call,
-        times: Times,
-        large: wire.Large | None = None,
+        self, selection: Selection | None, request: Request, call: Call, large: wire.Large | None = None
     ) -> selection_pb2.SelectResponse:
         """The answer. large: see wire.encode."""
-        answer = wire.encode(selection, request, large)
+        with call.times.phase("encode"):
+            answer = wire.encode(selection, request, large)
         answer.request_id = call.request_id
-        total = time.monotonic() - times.started
-        answer.info.CopyFrom(
-            wire.encode_info(times, total, str(self.engine.device), request.compute_dtype, request.seed, VERSION)
-        )
+        device, dtype = str(self.engine.device), request.compute_dtype
+        answer.info.CopyFrom(wire.encode_info(call.times, device, dtype, request.seed, VERSION))
         return answer
 
     def list_strategies(self) -> strategy_pb2.ListStrategiesResponse:

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -29,7 +27,6 @@ from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import allocator, status, wire
 from queryselect_service.call import Call
 from queryselect_service.checks import check_request_id
-from queryselect_service.engine import Times
 from queryselect_service.errors import Busy, Cancelled, InvalidInput, Unavailable
 from queryselect_service.metrics import Metrics
 from queryselect_service.patience import Patience
@@ -43,14 +40,6 @@ REFUSING = 16
 TRIM_BYTES = 64 << 20
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Visit:
-    """One RPC: its caller, and what it is counted under."""
-
-    call: Call
-    strategy: str = ""
 
 
 class Frontend:
@@ -99,7 +88,8 @@ class Frontend:
     @contextmanager
     def selecting(self, call: Call, *, stream: bool = False) -> Iterator[None]:
         """One RPC that may wait. Raises Busy where there are too many of them, or too many streams of its peer."""
-        self._selecting.enter(call)
+        with call.times.phase("queue"):  # others may have to make room
+            self._selecting.enter(call)
         try:
             if not stream:
                 yield
@@ -124,20 +114,22 @@ class Frontend:
                 self._streams += Counter()  # forgets peers without streams
 
     @contextmanager
-    def visit(self, rpc: str, context: grpc.ServicerContext) -> Iterator[Visit]:
+    def visit(self, rpc: str, context: grpc.ServicerContext) -> Iterator[Call]:
         """One RPC at work. Whatever is raised inside aborts it: the caller is told, and the server lives."""
-        since, code = time.monotonic(), grpc.StatusCode.OK
-        visit = Visit(Call(uuid.uuid4().hex, peer=context.peer()))
-        call, remaining = visit.call, context.time_remaining()
+        code, call, remaining = (
+            grpc.StatusCode.OK,
+            Call(uuid.uuid4().hex, peer=context.peer()),
+            context.time_remaining(),
+        )
         # gRPC says "no deadline" as None, or as more seconds than a clock can count.
         if remaining is not None and remaining < threading.TIMEOUT_MAX:
-            call.deadline = since + remaining
+            call.deadline = call.times.started + remaining
         try:
             if not context.add_callback(call.leave):
                 call.leave()
-            self.name(visit, str(dict(context.invocation_metadata()).get("x-request-id", "")))
+            self.name(call, str(dict(context.invocation_metadata()).get("x-request-id", "")))
             with self._counted():
-                yield visit
+                yield call
             context.set_trailing_metadata((("x-request-id", call.request_id),))
         except GeneratorExit:  # gRPC lets go of a stream whose caller has gone
             code = grpc.StatusCode.CANCELLED
@@ -148,17 +140,17 @@ class Frontend:
             traceback.clear_frames(error.__traceback__)  # they hold the request's tensors, in a circle with the error
             context.abort_with_status(abortion)  # raises, which ends the RPC
         finally:
-            seconds = time.monotonic() - since
-            self.metrics.requests.labels(rpc, visit.strategy, code.name).inc()
-            self.metrics.duration.labels(rpc, visit.strategy).observe(seconds)
-            log.info("%s %s %s %s %.1f ms", call.request_id, rpc, visit.strategy or "-", code.name, seconds * 1e3)
-            if visit.call.reserved >= TRIM_BYTES:
+            seconds = call.times.total
+            self.metrics.requests.labels(rpc, call.strategy, code.name).inc()
+            self.metrics.duration.labels(rpc, call.strategy).observe(seconds)
+            log.info("%s %s %s %s %.1f ms", call.request_id, rpc, call.strategy or "-", code.name, seconds * 1e3)
+            if call.reserved >= TRIM_BYTES:
                 allocator.give_back()
 
-    def name(self, visit: Visit, request_id: str) -> None:
+    def name(self, call: Call, request_id: str) -> None:
         """Gives the RPC the id that its caller chose, if any. Raises InvalidInput for what can't be one."""
         check_request_id(request_id)
-        visit.call.request_id = request_id or visit.call.request_id
+        call.request_id = request_id or call.request_id
 
     def message(self, messages: Iterator[bytes], call: Call, context: grpc.ServicerContext) -> bytes:
         """The one message of a unary RPC. One that takes too long to come ends as CANCELLED.
@@ -185,16 +177,16 @@ class SelectionServicer:
 
     def Select(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> selection_pb2.SelectResponse:
         """Answers one request with one message."""
-        frontend, service, times = self.frontend, self.frontend.service, Times()
-        with frontend.visit("Select", context) as visit, frontend.selecting(visit.call):
-            message = wire.read(selection_pb2.SelectRequest, frontend.message(messages, visit.call, context))
-            times.receive = time.monotonic() - times.started
-            visit.strategy = _strategy(message)
-            frontend.name(visit, message.request_id)
-            request = service.read(message, visit.call, times)
+        frontend, service = self.frontend, self.frontend.service
+        with frontend.visit("Select", context) as call, frontend.selecting(call):
+            with call.times.phase("receive"):
+                message = wire.read(selection_pb2.SelectRequest, frontend.message(messages, call, context))
+            call.strategy = wire.strategy_name(message.strategy)
+            frontend.name(call, message.request_id)
+            request = service.read(message, call, {})
             del message  # which has all tensors once more
             largest = service.settings.max_inline_bytes
-            return service.run(request, visit.call, times, held=request.nbytes, largest_answer=largest)
+            return service.run(request, call, held=request.nbytes, largest_answer=largest)
         raise AssertionError("a visit ends with an answer or an abortion")
 
     def SelectStream(
@@ -203,24 +195,19 @@ class SelectionServicer:
         """Answers a request whose tensors come in chunks."""
         frontend = self.frontend
         with (
-            frontend.visit("SelectStream", context) as visit,
-            frontend.selecting(visit.call, stream=True),
-            closing(frontend.service.select_stream(map(wire.read_stream_request, messages), visit.call)) as stream,
+            frontend.visit("SelectStream", context) as call,
+            frontend.selecting(call, stream=True),
+            closing(frontend.service.select_stream(map(wire.read_stream_request, messages), call)) as stream,
         ):
             start = stream.start()
-            visit.strategy = _strategy(start)
-            frontend.name(visit, start.request_id)
+            call.strategy = wire.strategy_name(start.strategy)
+            frontend.name(call, start.request_id)
             responses = stream.run(start)
             del start
             for response in responses:
                 # A caller who does not take what it asked for would keep its place and its memory.
                 with frontend.patience.ended_after(frontend.service.settings.idle_stream, context):
                     yield response
-
-
-def _strategy(request: selection_pb2.SelectRequest) -> str:
-    """What the request is counted under."""
-    return request.strategy.WhichOneof("kind") or ""
 
 
 class StrategyServicer:
