@@ -54,6 +54,8 @@ class Engine:
         self.device = torch.device(name)
         #: Set when a selection or a probe found the device lost, until a probe finds it at work again.
         self.lost = threading.Event()
+        #: When a probe found the device at work last (time.monotonic), and the bytes of its memory then, by kind.
+        self.seen: tuple[float, dict[str, int]] = (-math.inf, {})
         self.queue = Queue(settings.queue_ageing)
         where = "cpu" if self.device.type == "cpu" else "the host"
         clear_in = self.queue.clear_in
@@ -63,7 +65,8 @@ class Engine:
             self.probe()  # a device that is not there is told of as such
             _, total = self.memory()
             capacity = int(DEVICE_PART * total)
-            self.own_memory = Room(str(self.device), self.host.places, capacity, clear_in=clear_in)
+            limits = ("queue", "device_memory")
+            self.own_memory = Room(str(self.device), self.host.places, capacity, clear_in=clear_in, limits=limits)
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         weakref.finalize(self, self.queue.close)
@@ -72,9 +75,15 @@ class Engine:
         """One tiny operation on the device. Raises RuntimeError where it does not work."""
         try:
             torch.zeros(2, device=self.device).sum().item()
+            free, total = self.memory()
+            memory = {"total": total, "free": free}
+            if self.device.type == "cuda":
+                memory["allocated"] = torch.cuda.memory_allocated(self.device)
+                memory["reserved"] = torch.cuda.memory_reserved(self.device)
         except Exception as error:  # torch asserts where it was built without CUDA
             self.lost.set()
             raise RuntimeError(f"device {self.device} does not work: {error}") from error
+        self.seen = (time.monotonic(), memory)
         self.lost.clear()
 
     @property
@@ -280,7 +289,8 @@ class Place:
             if (now > last or self._unwanted()) and self._withdraw(job):
                 self._job = None
                 self.call.check()
-                raise Busy(f"{self._engine.device} was not free within {patience:g} s", retry_after=queue.clear_in())
+                words = f"{self._engine.device} was not free within {patience:g} s"
+                raise Busy(words, retry_after=queue.clear_in(), limit="queue_wait")
             if now >= until:
                 return False
 

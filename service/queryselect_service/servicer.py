@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -27,13 +27,24 @@ from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import allocator, status, wire
 from queryselect_service.call import Call
 from queryselect_service.checks import check_request_id
-from queryselect_service.errors import Busy, Cancelled, InvalidInput, Unavailable
-from queryselect_service.metrics import Metrics
+from queryselect_service.errors import Busy, Cancelled, InvalidInput, ServiceError, Unavailable
+from queryselect_service.logs import fields
+from queryselect_service.metrics import LEFT, Metrics
 from queryselect_service.patience import Patience
 from queryselect_service.queue import RETRY_AFTER, Room
 from queryselect_service.service import STREAMS_BEYOND, Service
 from queryselect_service.threads import started
 
+if TYPE_CHECKING:
+    from queryselect_service.tracing import Tracing
+
+#: Every method's name with its service's before it.
+METHODS = {
+    method.name: f"{service.full_name}/{method.name}"
+    for file in (selection_pb2, strategy_pb2, server_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
 #: Threads beyond those, for callers who are told that there is no room.
 REFUSING = 16
 #: A request that held as many bytes leaves pieces behind that are worth looking for.
@@ -45,19 +56,17 @@ log = logging.getLogger(__name__)
 class Frontend:
     """What every RPC has in common: its id, its metrics, its log line, its errors."""
 
-    def __init__(self, service: Service, metrics: Metrics) -> None:
-        self.service, self.metrics = service, metrics
+    def __init__(self, service: Service, metrics: Metrics, tracing: Tracing | None = None) -> None:
+        self.service, self.metrics, self.tracing = service, metrics, tracing
         self._running, self._ended, self._draining = 0, threading.Condition(), False
         # Each selection occupies a thread, from before its message is here.
         most = service.settings.max_queue + STREAMS_BEYOND
         clear_in = service.engine.queue.clear_in
-        self._selecting = Room("this server", most, 0, movable=lambda call: not call.admitted, clear_in=clear_in)
+        self._selecting = Room("this server", most, 0, lambda call: not call.admitted, clear_in, limits=("rpcs", ""))
         self._streams = Counter[str]()
         self.patience = Patience()
         self.threads = started(most + REFUSING, "selection")
         service.readers = started(service.settings.max_queue + 2 * STREAMS_BEYOND, "inbox")
-        metrics.in_flight.set_function(lambda: service.engine.host.taken)
-        metrics.queue_depth.set_function(lambda: len(service.engine.queue))
 
     def drain(self, grace: float) -> None:
         """Refuses what comes from now on, and waits for what runs, at most `grace` seconds."""
@@ -104,7 +113,7 @@ class Frontend:
         most = self.service.settings.max_streams_per_peer
         with self._ended:
             if self._streams[peer] >= most:
-                raise Busy(f"this client has {most} streams open already", retry_after=RETRY_AFTER)
+                raise Busy(f"this client has {most} streams open already", retry_after=RETRY_AFTER, limit="streams")
             self._streams[peer] += 1
         try:
             yield
@@ -116,18 +125,16 @@ class Frontend:
     @contextmanager
     def visit(self, rpc: str, context: grpc.ServicerContext) -> Iterator[Call]:
         """One RPC at work. Whatever is raised inside aborts it: the caller is told, and the server lives."""
-        code, call, remaining = (
-            grpc.StatusCode.OK,
-            Call(uuid.uuid4().hex, peer=context.peer()),
-            context.time_remaining(),
-        )
+        call, remaining = Call(uuid.uuid4().hex, peer=context.peer()), context.time_remaining()
+        metadata: dict[str, Any] = dict(context.invocation_metadata())
+        code, failure = grpc.StatusCode.OK, None
         # gRPC says "no deadline" as None, or as more seconds than a clock can count.
         if remaining is not None and remaining < threading.TIMEOUT_MAX:
             call.deadline = call.times.started + remaining
         try:
             if not context.add_callback(call.leave):
                 call.leave()
-            self.name(call, str(dict(context.invocation_metadata()).get("x-request-id", "")))
+            self.name(call, str(metadata.get("x-request-id", "")))
             with self._counted():
                 yield call
             context.set_trailing_metadata((("x-request-id", call.request_id),))
@@ -135,17 +142,45 @@ class Frontend:
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:  # noqa: BLE001  # whatever it is
-            abortion = status.to_grpc(error, call.request_id)
+            failure, abortion = status.named(error), status.to_grpc(error, call.request_id)
             code = abortion.code
             traceback.clear_frames(error.__traceback__)  # they hold the request's tensors, in a circle with the error
             context.abort_with_status(abortion)  # raises, which ends the RPC
         finally:
-            seconds = call.times.total
-            self.metrics.requests.labels(rpc, call.strategy, code.name).inc()
-            self.metrics.duration.labels(rpc, call.strategy).observe(seconds)
-            log.info("%s %s %s %s %.1f ms", call.request_id, rpc, call.strategy or "-", code.name, seconds * 1e3)
+            self._tell(rpc, call, code, failure if isinstance(failure, ServiceError) else None, metadata)
+            del failure
             if call.reserved >= TRIM_BYTES:
                 allocator.give_back()
+
+    def _tell(
+        self, rpc: str, call: Call, code: grpc.StatusCode, error: ServiceError | None, metadata: dict[str, Any]
+    ) -> None:
+        """Counts an RPC that has ended, records it and logs it."""
+        self.metrics.ended(rpc, call, code.name, error)
+        traced = {}
+        if self.tracing is not None:
+            traced = self.tracing.ended(METHODS[rpc], call, (code.value[0], code.name), error, metadata)
+        if not log.isEnabledFor(logging.INFO):
+            return
+        times = call.times
+        said = fields(
+            request_id=call.request_id,
+            rpc=rpc,
+            strategy=call.strategy or None,
+            code=code.name,
+            reason=None if error is None else error.cause,
+            phase=times.last if code.name in LEFT else None,
+            sizes=dict(call.sizes) or None,
+            upload_bytes=call.uploaded or None,
+            reserved_bytes=call.reserved or None,
+            seconds={
+                **{phase: round(times.seconds(phase), 6) for phase in times.spans},
+                "total": round(times.total, 6),
+            },
+            peer=call.peer,
+            **traced,
+        )
+        log.info("%s %s", rpc, code.name, extra=said)
 
     def name(self, call: Call, request_id: str) -> None:
         """Gives the RPC the id that its caller chose, if any. Raises InvalidInput for what can't be one."""
@@ -166,6 +201,12 @@ class Frontend:
         call.check()
         if data is None:
             raise InvalidInput("this method needs one message; there is none")
+        return self.came(call, data)
+
+    def came(self, call: Call, data: bytes) -> bytes:
+        """Counts a message of a selection."""
+        call.uploaded += len(data)
+        self.metrics.uploaded.inc(len(data))
         return data
 
 
@@ -197,7 +238,7 @@ class SelectionServicer:
         with (
             frontend.visit("SelectStream", context) as call,
             frontend.selecting(call, stream=True),
-            closing(frontend.service.select_stream(map(wire.read_stream_request, messages), call)) as stream,
+            closing(frontend.service.select_stream(self._read(messages, call), call)) as stream,
         ):
             start = stream.start()
             call.strategy = wire.strategy_name(start.strategy)
@@ -208,6 +249,9 @@ class SelectionServicer:
                 # A caller who does not take what it asked for would keep its place and its memory.
                 with frontend.patience.ended_after(frontend.service.settings.idle_stream, context):
                     yield response
+
+    def _read(self, messages: Iterator[bytes], call: Call) -> Iterator[wire.StreamMessage]:
+        return (wire.read_stream_request(self.frontend.came(call, data)) for data in messages)
 
 
 class StrategyServicer:
