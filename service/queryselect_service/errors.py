@@ -91,6 +91,10 @@ class Unsupported(ServiceError):
     code, reason = "UNIMPLEMENTED", "UNSUPPORTED"
 
 
+#: What Busy can be for want of: `limit` is one of these. A share is what another client is given in one's place.
+BUSY = ("queue", "queue_wait", "host_memory", "device_memory", "rpcs", "streams", "share")
+
+
 class Busy(ServiceError):
     """There is no room now: try again after `retry_after` seconds."""
 

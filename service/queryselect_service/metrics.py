@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 
 from queryselect_service.call import Call
 from queryselect_service.engine import Engine
-from queryselect_service.errors import ServiceError
+from queryselect_service.errors import BUSY, ServiceError
 
 #: Seconds. Selections take from a millisecond to minutes.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -33,6 +33,8 @@ ROWS = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_0
 DIMS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16_384, 65_536)
 #: The codes of RPCs whose callers did not wait for the answer.
 LEFT = ("CANCELLED", "DEADLINE_EXCEEDED")
+#: Reasons that alerts ask for.
+REASONS = ("BUG", "DEVICE_LOST", "IDLE", "OUT_OF_MEMORY", "SLOW", *(f"BUSY:{limit}" for limit in BUSY))
 #: Seconds after which what was last seen of the device's memory is old: nobody can look at it now.
 STALE = 5.0
 
@@ -62,9 +64,11 @@ class Metrics:
         )
         self.rejected = counter(
             "rejected_total",
-            "RPCs refused, by the reason that the caller is told, with the limit that was met where there is one",
+            "RPCs refused or failed, by the reason that the caller is told, with the limit that was met if there is one",
             "reason",
         )
+        for reason in REASONS:  # there from the start: what begins at 1 has not grown
+            self.rejected.labels(reason)
         self.cancelled = counter(
             "cancelled_total",
             "Selections whose caller left or whose deadline passed, by the phase that they were in",
@@ -107,16 +111,16 @@ class Metrics:
             cache, (self.queued.labels, self.received.labels, self.kernel.labels)
         )
 
-    def ended(self, rpc: str, call: Call, code: str, error: ServiceError | None) -> None:
-        """Counts an RPC. error: why it failed, where that has a name."""
+    def ended(self, rpc: str, call: Call, code: str, reason: str | None) -> None:
+        """Counts an RPC. reason: why it failed."""
         strategy, times, sizes = call.strategy, call.times, call.sizes
         self._requests(rpc, strategy, code).inc()
         self._duration(rpc, strategy).observe(times.total)
         if code in LEFT:
             self._cancelled(times.last).inc()
-        elif error is not None:
-            self._rejected(error.cause).inc()
-            if error.reason == "OUT_OF_MEMORY":
+        elif reason is not None:
+            self._rejected(reason).inc()
+            if reason == "OUT_OF_MEMORY":
                 self.out_of_memory.inc()
         if call.admitted:
             self._queued(strategy).observe(times.seconds("queue"))

@@ -27,7 +27,7 @@ from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import allocator, status, wire
 from queryselect_service.call import Call
 from queryselect_service.checks import check_request_id
-from queryselect_service.errors import Busy, Cancelled, InvalidInput, ServiceError, Unavailable
+from queryselect_service.errors import Busy, Cancelled, InvalidInput, Unavailable
 from queryselect_service.logs import fields
 from queryselect_service.metrics import LEFT, Metrics
 from queryselect_service.patience import Patience
@@ -127,7 +127,7 @@ class Frontend:
         """One RPC at work. Whatever is raised inside aborts it: the caller is told, and the server lives."""
         call, remaining = Call(uuid.uuid4().hex, peer=context.peer()), context.time_remaining()
         metadata: dict[str, Any] = dict(context.invocation_metadata())
-        code, failure = grpc.StatusCode.OK, None
+        code, reason = grpc.StatusCode.OK, None
         # gRPC says "no deadline" as None, or as more seconds than a clock can count.
         if remaining is not None and remaining < threading.TIMEOUT_MAX:
             call.deadline = call.times.started + remaining
@@ -142,24 +142,21 @@ class Frontend:
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:  # noqa: BLE001  # whatever it is
-            failure, abortion = status.named(error), status.to_grpc(error, call.request_id)
+            reason, abortion = status.cause(error), status.to_grpc(error, call.request_id)
             code = abortion.code
             traceback.clear_frames(error.__traceback__)  # they hold the request's tensors, in a circle with the error
             context.abort_with_status(abortion)  # raises, which ends the RPC
         finally:
-            self._tell(rpc, call, code, failure if isinstance(failure, ServiceError) else None, metadata)
-            del failure
+            self._tell(rpc, call, code, reason, metadata)
             if call.reserved >= TRIM_BYTES:
                 allocator.give_back()
 
-    def _tell(
-        self, rpc: str, call: Call, code: grpc.StatusCode, error: ServiceError | None, metadata: dict[str, Any]
-    ) -> None:
+    def _tell(self, rpc: str, call: Call, code: grpc.StatusCode, reason: str | None, metadata: dict[str, Any]) -> None:
         """Counts an RPC that has ended, records it and logs it."""
-        self.metrics.ended(rpc, call, code.name, error)
+        self.metrics.ended(rpc, call, code.name, reason)
         traced = {}
         if self.tracing is not None:
-            traced = self.tracing.ended(METHODS[rpc], call, (code.value[0], code.name), error, metadata)
+            traced = self.tracing.ended(METHODS[rpc], call, (code.value[0], code.name), reason, metadata)
         if not log.isEnabledFor(logging.INFO):
             return
         times = call.times
@@ -168,7 +165,7 @@ class Frontend:
             rpc=rpc,
             strategy=call.strategy or None,
             code=code.name,
-            reason=None if error is None else error.cause,
+            reason=reason,
             phase=times.last if code.name in LEFT else None,
             sizes=dict(call.sizes) or None,
             upload_bytes=call.uploaded or None,

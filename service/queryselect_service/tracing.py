@@ -18,7 +18,6 @@ from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from queryselect_service.call import Call
-from queryselect_service.errors import ServiceError
 
 #: The codes that are a server's failure, by OpenTelemetry's conventions for gRPC.
 FAILURES = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
@@ -46,7 +45,7 @@ class Tracing:
         return cls(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
 
     def ended(
-        self, method: str, call: Call, code: tuple[int, str], error: ServiceError | None, metadata: Mapping[str, str]
+        self, method: str, call: Call, code: tuple[int, str], reason: str | None, metadata: Mapping[str, str]
     ) -> dict[str, str]:
         """Records an RPC; the ids of its trace and its span, where it is sampled. method: as in package.Service/Method.
 
@@ -71,8 +70,8 @@ class Tracing:
         attributes.update({f"queryselect.{letter}": size for letter, size in call.sizes.items()})
         if call.uploaded:
             attributes["queryselect.upload_bytes"] = call.uploaded
-        if error is not None:
-            attributes["queryselect.reason"] = error.cause
+        if reason is not None:
+            attributes["queryselect.reason"] = reason
         span = self._tracer.start_span(
             method,
             self._propagator.extract(metadata),
