@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 
 from queryselect_service.call import Call
 from queryselect_service.engine import Engine
-from queryselect_service.errors import BUSY, ServiceError
+from queryselect_service.errors import BUSY
 
 #: Seconds. Selections take from a millisecond to minutes.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -64,7 +64,7 @@ class Metrics:
         )
         self.rejected = counter(
             "rejected_total",
-            "RPCs refused or failed, by the reason that the caller is told, with the limit that was met if there is one",
+            "RPCs refused or failed, by the reason that the caller is told and the limit that was met, if any",
             "reason",
         )
         for reason in REASONS:  # there from the start: what begins at 1 has not grown
