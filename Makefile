@@ -2,8 +2,10 @@
 # index. make check also needs Node.
 PYTHON ?= python3
 BIN := .venv/bin
-# By environment, so that the build of our own wheel is held to the constraints too.
-PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e
+# constraints.txt has the hash of whatever is installed, by the environment for builds too; what is not in it fails. There
+# is no single file to hash of ourselves: we come first, without dependencies, and then pip finds us installed.
+INSTALL := PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check
+LOCKED := $(INSTALL) --require-hashes -c constraints.txt
 BUF := npx --yes @bufbuild/buf@1.75.0
 
 .PHONY: help demo test check lint types format proto release-proto slow nightly bench bench-service clean
@@ -17,17 +19,27 @@ help: ## What there is to make
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/.demo: .venv/.python pyproject.toml constraints.txt
-	$(PIP) '.[service,simulate]'
+# Only since 26.3 does pip take the hashes of constraints for what is named without a version.
+.venv/.pip: .venv/.python constraints.txt
+	sed -n '/^pip==/,/[^\\]$$/p' constraints.txt > .venv/pip.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r .venv/pip.txt
 	@touch $@
 
-.venv/.dev: .venv/.python pyproject.toml constraints.txt
-	$(PIP) '.[dev]'
+.venv/.own: .venv/.pip pyproject.toml
+	$(INSTALL) -q --no-deps -e .
+	@touch $@
+
+.venv/.demo: .venv/.own
+	$(LOCKED) 'queryselect[service,simulate]'
+	@touch $@
+
+.venv/.dev: .venv/.own
+	$(LOCKED) 'queryselect[dev]'
 	@touch $@ .venv/.demo
 
-.venv/.bench: .venv/.python pyproject.toml constraints.txt
-	$(PIP) '.[bench]'
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check --no-deps baal batchbald-redux
+.venv/.bench: .venv/.own
+	$(LOCKED) 'queryselect[bench]'
+	$(LOCKED) --no-deps --group peers
 	@touch $@
 
 demo: .venv/.demo ## A real active-learning loop on real images, and demo/report.html
@@ -72,3 +84,10 @@ bench-service: .venv/.dev ## What the service can take: transport, load, cancell
 
 clean: ## Removes what make made
 	rm -rf .venv .venv-proto demo/report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Locking, auditing and the bill of materials: tools in an environment of their own.
+.venv-supply/.done: constraints.txt
+	$(MAKE) -s .venv/.pip
+	$(PYTHON) -m venv --without-pip .venv-supply
+	PIP_PYTHON=.venv-supply $(LOCKED) -q --group supply
+	@touch $@
