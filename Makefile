@@ -1,7 +1,8 @@
 # Two commands do all the set-up on a fresh machine: make demo, make test. Both need Python 3.11 or newer and a package
 # index. make check also needs Node.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
 # constraints.txt has the hash of whatever is installed, by the environment for builds too; what is not in it fails. There
 # is no single file to hash of ourselves: we come first, without dependencies, and then pip finds us installed.
 INSTALL := PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check
@@ -12,32 +13,36 @@ BUF := npx --yes @bufbuild/buf@1.75.0
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
-# The version check gives a sentence instead of a traceback of pip's.
-.venv/.python:
+# The version check gives a sentence instead of a traceback of pip's. Only since 26.3 does pip take the hashes of
+# constraints for what is named without a version.
+$(VENV)/.python: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "QuerySelect needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
+	sed -n '/^pip==/,/[^\\]$$/p' constraints.txt > $(VENV)/pip.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r $(VENV)/pip.txt
 	@touch $@
 
-# Only since 26.3 does pip take the hashes of constraints for what is named without a version.
-.venv/.pip: .venv/.python constraints.txt
-	sed -n '/^pip==/,/[^\\]$$/p' constraints.txt > .venv/pip.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r .venv/pip.txt
-	@touch $@
-
-.venv/.own: .venv/.pip pyproject.toml
+$(VENV)/.own: $(VENV)/.python pyproject.toml
 	$(INSTALL) -q --no-deps -e .
 	@touch $@
 
-.venv/.demo: .venv/.own
+# The build of torch without CUDA where pip is set up to find it: of files whose hash is allowed, pip prefers those that
+# an index tells the hash of.
+$(VENV)/.torch: $(VENV)/.own
+	cpu=$$(sed -n 's/^torch==\([0-9.]*\).*/torch==\1+cpu/p' constraints.txt); \
+	if $(INSTALL) -qq --dry-run --no-deps $$cpu 2> /dev/null; then $(LOCKED) -q $$cpu; fi
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch
 	$(LOCKED) 'queryselect[service,simulate]'
 	@touch $@
 
-.venv/.dev: .venv/.own
+$(VENV)/.dev: $(VENV)/.torch
 	$(LOCKED) 'queryselect[dev]'
-	@touch $@ .venv/.demo
+	@touch $@ $(VENV)/.demo
 
-.venv/.bench: .venv/.own
+$(VENV)/.bench: $(VENV)/.torch
 	$(LOCKED) 'queryselect[bench]'
 	$(LOCKED) --no-deps --group peers
 	@touch $@
@@ -86,8 +91,7 @@ clean: ## Removes what make made
 	rm -rf .venv .venv-proto demo/report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Locking, auditing and the bill of materials: tools in an environment of their own.
-.venv-supply/.done: constraints.txt
-	$(MAKE) -s .venv/.pip
+.venv-supply/.done: .venv/.python
 	$(PYTHON) -m venv --without-pip .venv-supply
 	PIP_PYTHON=.venv-supply $(LOCKED) -q --group supply
 	@touch $@
