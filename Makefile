@@ -9,7 +9,7 @@ INSTALL := PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip
 LOCKED := $(INSTALL) --require-hashes -c constraints.txt
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: help demo test check lint types format proto release-proto slow nightly bench bench-service clean
+.PHONY: help demo test check lint types format proto release-proto slow nightly audit licences sbom bench bench-service clean
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -41,6 +41,17 @@ $(VENV)/.demo: $(VENV)/.torch
 $(VENV)/.dev: $(VENV)/.torch
 	$(LOCKED) 'queryselect[dev]'
 	@touch $@ $(VENV)/.demo
+
+# What the service's image installs: make VENV=.venv-image .venv-image/.image
+$(VENV)/.image: $(VENV)/.torch
+	$(LOCKED) -q 'queryselect[references,service,tracing]'
+	@touch $@
+
+# Locking, auditing and the bill of materials: tools in an environment of their own.
+.venv-supply/.done: .venv/.python
+	$(PYTHON) -m venv --without-pip .venv-supply
+	PIP_PYTHON=.venv-supply $(LOCKED) -q --group supply
+	@touch $@
 
 $(VENV)/.bench: $(VENV)/.torch
 	$(LOCKED) 'queryselect[bench]'
@@ -78,8 +89,24 @@ release-proto: ## Keeps the proto image of this release, for the breaking check
 slow: .venv/.dev ## What needs other tools or time
 	$(BIN)/python -m pytest -m slow
 
-nightly: .venv/.dev ## What is longer still
+nightly: .venv/.dev ## What is longer still, and what needs others' services: licences, tests, known vulnerabilities
+	$(BIN)/python -m scripts.licences --check
 	$(BIN)/python -m pytest -m nightly
+	$(MAKE) audit
+
+audit: .venv-supply/.done ## Known vulnerabilities of what is pinned; fails where no advisory service can be reached
+	.venv-supply/bin/python scripts/audit.py
+
+licences: .venv/.dev ## Writes docs/licences.md
+	$(BIN)/python -m scripts.licences
+
+sbom: .venv-supply/.done ## dist/sbom.cdx.json: what the service's image installs, in CycloneDX
+	$(MAKE) VENV=.venv-image .venv-image/.image
+	mkdir -p dist
+	sed "s/^dynamic = .*/version = \"$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' client/queryselect/_version.py)\"/" \
+	  pyproject.toml > .venv-image/pyproject.toml
+	.venv-supply/bin/cyclonedx-py environment --pyproject .venv-image/pyproject.toml --sv 1.6 --output-reproducible \
+	  --validate -o dist/sbom.cdx.json .venv-image
 
 bench: .venv/.bench ## Every strategy against its peers and the machine's limits (ARGS="--scaling margin": how it grows)
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -88,10 +115,4 @@ bench-service: .venv/.dev ## What the service can take: transport, load, cancell
 	$(BIN)/python -m benchmarks.service $(ARGS)
 
 clean: ## Removes what make made
-	rm -rf .venv .venv-proto demo/report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis
-
-# Locking, auditing and the bill of materials: tools in an environment of their own.
-.venv-supply/.done: .venv/.python
-	$(PYTHON) -m venv --without-pip .venv-supply
-	PIP_PYTHON=.venv-supply $(LOCKED) -q --group supply
-	@touch $@
+	rm -rf .venv .venv-image .venv-proto .venv-supply demo/report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis
