@@ -13,7 +13,7 @@ BUF := npx --yes @bufbuild/buf@1.75.0
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
-# The version check gives a sentence instead of a traceback of pip's. Only since 26.3 does pip take the hashes of
+# The version check gives a sentence instead of a traceback of pip's. Only since 26.1 does pip take the hashes of
 # constraints for what is named without a version.
 $(VENV)/.python: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
