@@ -1,8 +1,9 @@
 """How fast a pool gets to the server, and what that costs.
 
 One run measures, in alternation: a plain TCP connection over the loopback (into memory that is kept, as an upload is,
-and into one small buffer again and again), the client's stream, and a unary call beside it; the server's peak memory
-and its CPU seconds per GB; then `k_center_greedy` on a million rows by stream, and how soon a cancelled one stops.
+and into one small buffer again and again), the client's stream, a unary call beside it, and the same pool read by
+reference from files that the system has in its cache; the server's peak memory and its CPU seconds per GB; then
+`k_center_greedy` on a million rows by stream, and how soon a cancelled one stops.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
 import numpy as np
+import pyarrow as pa
+from pyarrow.parquet import write_table
 from tqdm import tqdm
 
 from benchmarks.machine import MB, Usage, in_flight
 from benchmarks.service.loopback import QUIETLY, process, receiver, tcp
-from queryselect import Cancelled, Client
+from queryselect import Cancelled, Client, RowRange, TensorRef
 from queryselect.v1 import selection_pb2, selection_pb2_grpc, tensor_pb2
 
 DIMS = 384
@@ -32,9 +37,10 @@ ROWS, BUDGET = 1_000_000, 100
 Row = dict[str, float]
 
 
-def stream(client: Client, pool: np.ndarray[Any, Any]) -> float:
+def stream(client: Client, pool: np.ndarray[Any, Any] | TensorRef) -> float:
     """Seconds from `admitted` to the last byte in its place, its value checked: the server's own measure."""
-    return client.select("custom", 1, params={"name": "hold"}, embeddings=pool).info.receive
+    info = client.select("custom", 1, params={"name": "hold"}, embeddings=pool).info
+    return info.receive + info.decode
 
 
 def unary(stub: selection_pb2_grpc.SelectionServiceStub, pool: np.ndarray[Any, Any]) -> float:
@@ -50,6 +56,14 @@ def unary(stub: selection_pb2_grpc.SelectionServiceStub, pool: np.ndarray[Any, A
     return time.perf_counter() - started
 
 
+def files(pool: np.ndarray[Any, Any], folder: Path) -> dict[str, TensorRef]:
+    """The pool in files, by format."""
+    np.save(folder / "pool.npy", pool)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(pool.reshape(-1)), pool.shape[1])
+    write_table(pa.table({"embeddings": column}), folder / "pool.parquet", compression="none", use_dictionary=False)
+    return {f"file, {path.suffix}": TensorRef(uri=path.as_uri()) for path in sorted(folder.iterdir())}
+
+
 def transport(gigabytes: float, rounds: int) -> dict[str, Row]:
     """Rate, CPU and memory of every way, medians over the rounds."""
     rows = int(gigabytes * 1e9 / DIMS / 4)
@@ -59,14 +73,20 @@ def transport(gigabytes: float, rounds: int) -> dict[str, Row]:
     inline = str(pool.nbytes + (64 << 20))
     seen: dict[str, list[Row]] = defaultdict(list)
     with (
+        TemporaryDirectory() as folder,
         receiver() as (tcp_pid, tcp_port),
         process("-m", "benchmarks.service.server", *QUIETLY) as (pid, (port, _)),
+        process("-m", "benchmarks.service.server", *QUIETLY, "--allow-uris", Path(folder).as_uri()) as (
+            reading_pid,
+            (reading_port, _),
+        ),
         # A server of its own: after a message of a gigabyte, gRPC's allocator keeps much of it for the next.
         process("-m", "benchmarks.service.server", *QUIETLY, "--max-inline-bytes", inline) as (
             unary_pid,
             (unary_port, _),
         ),
         Client(f"127.0.0.1:{port}") as client,
+        Client(f"127.0.0.1:{reading_port}") as reading,
         grpc.insecure_channel(f"127.0.0.1:{unary_port}", [("grpc.max_send_message_length", -1)]) as channel,
     ):
         stub = selection_pb2_grpc.SelectionServiceStub(channel)
@@ -77,9 +97,12 @@ def transport(gigabytes: float, rounds: int) -> dict[str, Row]:
             "stream, 16 bits": (pid, lambda: stream(client, half), size / 2),
             "unary": (unary_pid, lambda: unary(stub, pool), size),
         }
+        for name, ref in files(pool, Path(folder)).items():
+            ways[name] = (reading_pid, lambda ref=ref: stream(reading, ref), size)  # type: ignore[misc]
+            stream(reading, TensorRef(uri=ref.uri, rows=[RowRange(start=0, stop=1000)]))
         stream(client, pool[:1000])  # what libraries take once
         unary(stub, pool[:1000])
-        idle = {each: Usage(each).before for each in (tcp_pid, pid, unary_pid)}
+        idle = {each: Usage(each).before for each in (tcp_pid, pid, reading_pid, unary_pid)}
         for _round in tqdm(range(rounds), desc="rounds", unit=""):
             for name, (watched, way, sent) in ways.items():
                 usage, own = Usage(watched, idle[watched]), time.process_time()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import threading
 import time
+import weakref
 from contextlib import ExitStack, suppress
 
 import numpy as np
@@ -406,6 +408,32 @@ class TestRequests:
             "https",
             "s3",
         ]
+
+
+def test_nothing_is_held_on_to(files, monkeypatch):
+    """A request's tensors go with it, and not when the garbage collector comes by."""
+    client, write = files
+    ref, seen = write("x.npy", npy(LOGITS)), []
+    read = fetch.Sources.fetch
+
+    def watched(sources, request, call):
+        seen.append(weakref.ref(request))
+        return read(sources, request, call)
+
+    monkeypatch.setattr(fetch.Sources, "fetch", watched)
+    bad = TensorRef(uri=ref.uri, rows=[RowRange(start=0, stop=501)])
+    gc.disable()
+    try:
+        client.select("margin", budget=2, logits=ref)
+        client.select("k_center_greedy", budget=2, embeddings=ref)
+        with pytest.raises(queryselect.InvalidInput):
+            client.select("margin", budget=2, logits=bad)
+        until = time.monotonic() + 5
+        while any(each() is not None for each in seen) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert [each() for each in seen] == [None] * 3
+    finally:
+        gc.enable()
 
 
 class TestVersions:

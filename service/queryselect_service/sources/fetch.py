@@ -177,9 +177,10 @@ class Fetch:
                 yield from feed.take(max(0, min(step, array.shape[0] - start)) * width)
 
     def close(self) -> None:
-        """Reads no more."""
+        """Reads no more, and lets go of what is read: feeds and this hold each other."""
         for each in self._feeds:
             each.close()
+        self._feeds.clear()
 
     def _wait(self, future: Future[Result], array: Array) -> Result:
         """What a reading thread found. Raises ServiceError, of the array; Cancelled where the caller has gone."""
