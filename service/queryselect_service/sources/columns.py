@@ -23,6 +23,9 @@ from queryselect_service.errors import ServiceError
 from queryselect_service.sources.objects import HEADER_BYTES, PIECE_BYTES, Content, Object, Reader, chosen, names_text
 from queryselect_service.upload import Bytes
 
+# What is freed goes where all else that is freed goes, and is not kept for more of Arrow's own.
+pa.set_memory_pool(pa.system_memory_pool())
+
 DTYPES = {
     "double": torch.float64,
     "float": torch.float32,
