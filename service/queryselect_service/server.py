@@ -266,6 +266,6 @@ def run(settings: Settings) -> None:
     print(f"queryselect serves on {settings.host}:{server.port}, metrics on port {server.metrics_port}", flush=True)
     stop.wait()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait for the grace
-    log.info("draining", extra=logs.fields(seconds=settings.drain_grace))
+    log.info("draining", extra=logs.fields(grace_seconds=settings.drain_grace))
     server.drain(settings.drain_grace)
     log.info("stopped")

@@ -13,7 +13,13 @@ from queryselect._client import Options
 from queryselect_service import strategy as strategies
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = ("README.md", "docs/choosing.md", "docs/operations.md", "benchmarks/reproductions/README.md", "examples/README.md")
+PAGES = (
+    "README.md",
+    "docs/choosing.md",
+    "docs/operations.md",
+    "benchmarks/reproductions/README.md",
+    "examples/README.md",
+)
 strategies.load()
 NAMES = set(strategies.STRATEGIES)
 NAMED = re.compile(r"`([a-z][a-z0-9_]*)`")
