@@ -82,4 +82,4 @@ def test_a_process_that_fails_is_told_and_the_others_end():
 def test_an_unknown_part_is_refused_with_those_there_are(capsys):
     with pytest.raises(SystemExit):
         main(["no_such_part"])
-    assert "transport, load, health" in capsys.readouterr().err
+    assert "transport, load, seen, health" in capsys.readouterr().err
