@@ -54,4 +54,5 @@ class Local:
 
     def server_info(self) -> server_pb2.GetServerInfoResponse:
         """Describes this process as a server."""
+        self._service.engine.probe()  # which a server's health does
         return self._service.server_info()

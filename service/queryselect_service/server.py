@@ -222,16 +222,29 @@ def start(settings: Settings) -> Server:
     lenient = Lenient(server, reflection_pb2.ServerReflectionRequest())
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, lenient)  # type: ignore[no-untyped-call]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    port = server.add_insecure_port(f"{host}:{settings.port}")
     endpoint, metrics_port = None, -1
-    if settings.metrics_port >= 0:
-        try:
-            endpoint = Endpoint(settings.host, settings.metrics_port, metrics.registry)
-        except OSError as error:
-            raise OSError(f"metrics port {settings.metrics_port}: {error}") from error
-        metrics_port = endpoint.server_port
+    try:
+        port = server.add_insecure_port(f"{host}:{settings.port}")
+        if settings.metrics_port >= 0:
+            endpoint = _endpoint(settings, metrics)
+            metrics_port = endpoint.server_port
+    except BaseException:  # nobody is given what could stop these threads
+        checks.close()
+        frontend.close()
+        server.stop(None)
+        if tracing is not None:
+            tracing.close()
+        raise
     server.start()
     return Server(server, frontend, checks, port, metrics_port, endpoint)
+
+
+def _endpoint(settings: Settings, metrics: Metrics) -> Endpoint:
+    """Raises OSError where its address is taken."""
+    try:
+        return Endpoint(settings.host, settings.metrics_port, metrics.registry)
+    except OSError as error:
+        raise OSError(f"metrics port {settings.metrics_port}: {error}") from error
 
 
 def _tracing(settings: Settings) -> Tracing | None:
@@ -266,6 +279,6 @@ def run(settings: Settings) -> None:
     print(f"queryselect serves on {settings.host}:{server.port}, metrics on port {server.metrics_port}", flush=True)
     stop.wait()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait for the grace
-    log.info("draining", extra=logs.fields(seconds=settings.drain_grace))
+    log.info("draining", extra=logs.fields(grace_seconds=settings.drain_grace))
     server.drain(settings.drain_grace)
     log.info("stopped")

@@ -119,10 +119,14 @@ class Service:
         return answer
 
     def server_info(self) -> server_pb2.GetServerInfoResponse:
-        """Describes the server."""
-        free, total = self.engine.memory()
+        """Describes the server, with memory as the last probe saw it."""
+        engine, (_, memory) = self.engine, self.engine.seen  # and not as it is now: a device may not answer
         device = server_pb2.Device(
-            name=str(self.engine.device), model=self.engine.model, free_bytes=free, total_bytes=total
+            name=str(engine.device),
+            model=engine.model,
+            free_bytes=memory.get("free"),
+            total_bytes=memory.get("total"),
+            capacity_bytes=(engine.own_memory or engine.host).capacity,
         )
         return server_pb2.GetServerInfoResponse(
             version=VERSION,

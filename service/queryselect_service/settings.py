@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
+from urllib.parse import urlsplit
 
 PREFIX = "QUERYSELECT_"
 MIB = 1 << 20
@@ -78,6 +79,17 @@ class Settings:
                 raise ValueError(f"{each.name} must be at least {low}; it is {value}")
             if high is not None and not value <= high:
                 raise ValueError(f"{each.name} must be at most {high}; it is {value}")
+        if self.otlp_endpoint:
+            self._check_address(self.otlp_endpoint)
+
+    @staticmethod
+    def _check_address(address: str) -> None:
+        """Raises ValueError for what is no address of traces. What it says is no secret: settings are logged."""
+        parts = urlsplit(address)
+        if parts.username or parts.password:
+            raise ValueError("otlp_endpoint must hold no credentials; they belong in OTEL_EXPORTER_OTLP_HEADERS")
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError(f"otlp_endpoint must be an http or https address; it is {address!r}")
 
     def told(self) -> dict[str, Any]:
         """Every setting by name, secrets redacted."""

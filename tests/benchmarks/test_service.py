@@ -29,11 +29,11 @@ def kept(folder) -> dict:
 
 
 def test_parts_are_measured_and_kept_beside_those_of_earlier_runs(tmp_path, capsys):
-    for part in ("load", "health"):
+    for part in ("load", "seen", "health"):
         assert main([part, "--quick", "--results", str(tmp_path)]) == 0
     found = kept(tmp_path)
     assert {"cpu", "cores", "grpcio"} <= set(found["machine"])
-    assert set(found["parts"]) == {"load", "health"}
+    assert set(found["parts"]) == {"load", "seen", "health"}
 
     load = found["parts"]["load"]
     assert [(row["way"], row["clients"]) for row in load["rows"]] == [("client", 2), ("stub", 2)]
@@ -42,6 +42,11 @@ def test_parts_are_measured_and_kept_beside_those_of_earlier_runs(tmp_path, caps
         assert row["requests/s"] > 0
         assert row["p50 ms"] <= row["p99 ms"] <= row["max ms"]
         assert row["server CPU ms/request"] > 0
+
+    seen = found["parts"]["seen"]
+    assert len(seen["rows"]) == 5
+    assert all(row["CPU ms"] > 0 for row in seen["rows"])
+    assert seen["counted"] > 0
 
     health = found["parts"]["health"]
     assert health["bound ms"] > 100
@@ -77,4 +82,4 @@ def test_a_process_that_fails_is_told_and_the_others_end():
 def test_an_unknown_part_is_refused_with_those_there_are(capsys):
     with pytest.raises(SystemExit):
         main(["no_such_part"])
-    assert "transport, load, health" in capsys.readouterr().err
+    assert "transport, load, seen, health" in capsys.readouterr().err

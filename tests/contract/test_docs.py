@@ -16,9 +16,11 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = (
     "README.md",
     "docs/choosing.md",
+    "docs/licences.md",
+    "docs/operations.md",
+    "docs/references.md",
     "benchmarks/reproductions/README.md",
     "examples/README.md",
-    "docs/licences.md",
 )
 strategies.load()
 NAMES = set(strategies.STRATEGIES)

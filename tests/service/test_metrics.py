@@ -299,9 +299,17 @@ def test_a_silent_connection_ends(monkeypatch):
     started.drain(0.1)
 
 
-def test_a_taken_metrics_port_is_an_error(running):
+def test_a_taken_metrics_port_is_an_error_that_leaves_no_thread_behind(running):
+    def threads() -> int:
+        return sum(each.name.partition("_")[0] in {"health", "patience", "selection"} for each in threading.enumerate())
+
+    before = threads()
     with pytest.raises(OSError, match=f"metrics port {running.metrics_port}: "):
         server.start(Settings(port=0, metrics_port=running.metrics_port))
+    until = time.monotonic() + 5
+    while threads() > before:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_what_is_refused_before_it_is_read_has_no_strategy(serve):

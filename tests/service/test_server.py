@@ -80,6 +80,7 @@ def test_server_info_tells_devices_limits_and_types(remote: Client, running):
     assert device.name == "cpu"
     assert 0 < device.free_bytes < device.total_bytes
     settings = Settings()
+    assert device.capacity_bytes == settings.max_host_bytes
     assert info.limits.rows == settings.max_rows == 50_000_000
     assert info.limits.inline_bytes == 64 << 20
     assert info.limits.queue_wait.ToSeconds() == 120

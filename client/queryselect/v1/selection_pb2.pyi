@@ -929,7 +929,7 @@ global___Warning = Warning
 
 @typing.final
 class RunInfo(google.protobuf.message.Message):
-    """How a request ran."""
+    """How a request ran. Its parts do not overlap: together they are no more than the total."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -957,11 +957,11 @@ class RunInfo(google.protobuf.message.Message):
     """The seed that was used."""
     @property
     def queue(self) -> google.protobuf.duration_pb2.Duration:
-        """The wait for a device."""
+        """The wait for a place and for a device."""
 
     @property
     def receive(self) -> google.protobuf.duration_pb2.Duration:
-        """The time in which the bytes arrived."""
+        """The wait for the bytes. Where rows are scored as they come: what it took beyond that."""
 
     @property
     def decode(self) -> google.protobuf.duration_pb2.Duration:

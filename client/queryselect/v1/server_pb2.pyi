@@ -87,6 +87,7 @@ class Device(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     TOTAL_BYTES_FIELD_NUMBER: builtins.int
     FREE_BYTES_FIELD_NUMBER: builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Its name in torch: "cpu", "cuda:0"."""
     model: builtins.str
@@ -94,7 +95,9 @@ class Device(google.protobuf.message.Message):
     total_bytes: builtins.int
     """Its memory, in bytes."""
     free_bytes: builtins.int
-    """Its free memory now, in bytes."""
+    """Its free memory now, in bytes; of a server, as of the last second."""
+    capacity_bytes: builtins.int
+    """The part of its memory that selections may fill together, in bytes; a request that needs more never fits."""
     def __init__(
         self,
         *,
@@ -102,9 +105,12 @@ class Device(google.protobuf.message.Message):
         model: builtins.str | None = ...,
         total_bytes: builtins.int | None = ...,
         free_bytes: builtins.int | None = ...,
+        capacity_bytes: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_free_bytes", b"_free_bytes", "_model", b"_model", "_name", b"_name", "_total_bytes", b"_total_bytes", "free_bytes", b"free_bytes", "model", b"model", "name", b"name", "total_bytes", b"total_bytes"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_free_bytes", b"_free_bytes", "_model", b"_model", "_name", b"_name", "_total_bytes", b"_total_bytes", "free_bytes", b"free_bytes", "model", b"model", "name", b"name", "total_bytes", b"total_bytes"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_capacity_bytes", b"_capacity_bytes", "_free_bytes", b"_free_bytes", "_model", b"_model", "_name", b"_name", "_total_bytes", b"_total_bytes", "capacity_bytes", b"capacity_bytes", "free_bytes", b"free_bytes", "model", b"model", "name", b"name", "total_bytes", b"total_bytes"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_capacity_bytes", b"_capacity_bytes", "_free_bytes", b"_free_bytes", "_model", b"_model", "_name", b"_name", "_total_bytes", b"_total_bytes", "capacity_bytes", b"capacity_bytes", "free_bytes", b"free_bytes", "model", b"model", "name", b"name", "total_bytes", b"total_bytes"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_capacity_bytes", b"_capacity_bytes"]) -> typing.Literal["capacity_bytes"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_free_bytes", b"_free_bytes"]) -> typing.Literal["free_bytes"] | None: ...
     @typing.overload
