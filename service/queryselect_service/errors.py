@@ -12,6 +12,7 @@
     │   └── TooSlow        the upload was too slow for too long                    ABORTED
     ├── Unavailable        the server is draining                                  UNAVAILABLE
     │   └── DeviceLost     its device does not work                                UNAVAILABLE
+    ├── Unauthenticated    no token, or none that is known here                    UNAUTHENTICATED
     ├── Cancelled          the caller went away                                    CANCELLED
     └── DeadlineExceeded   the caller's deadline passed                            DEADLINE_EXCEEDED
 
@@ -53,10 +54,15 @@ class OverLimit(ServiceError):
 
     code, reason = "OUT_OF_RANGE", "OVER_LIMIT"
 
-    def __init__(self, what: str, size: int, limit: int, *, name: str, field: str = "") -> None:
-        """`what` is counted by `size`; `limit` is the most allowed, and `name` the limit's name in Settings."""
+    def __init__(
+        self, what: str, size: int, limit: int, *, name: str, field: str = "", whose: str = "this server's"
+    ) -> None:
+        """`what` is counted by `size`; `limit` is the most allowed, and `name` the limit's name in Settings.
+
+        whose: the limit's owner.
+        """
         super().__init__(
-            f"{what}: {size} is over this server's limit of {limit} ({name})",
+            f"{what}: {size} is over {whose} limit of {limit} ({name})",
             field=field,
             metadata={"limit": str(limit), "size": str(size), "setting": name},
         )
@@ -125,6 +131,12 @@ class DeviceLost(Unavailable):
     """The server's device does not work: try another server, or again when it does."""
 
     reason = "DEVICE_LOST"
+
+
+class Unauthenticated(ServiceError):
+    """Nobody that this server knows: ask its operator for a token. Says what is needed, never what came."""
+
+    code, reason = "UNAUTHENTICATED", "UNAUTHENTICATED"
 
 
 class Cancelled(ServiceError):

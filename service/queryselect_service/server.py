@@ -19,10 +19,10 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from queryselect_service import allocator
+from queryselect_service import allocator, status, tls
 from queryselect_service.engine import Engine
+from queryselect_service.errors import Unauthenticated
 from queryselect_service.metrics import Metrics
-from queryselect_service.patience import Patience
 from queryselect_service.service import Service
 from queryselect_service.servicer import Frontend, add_methods, add_services
 from queryselect_service.settings import Settings
@@ -35,6 +35,12 @@ THREADS = 16
 SWITCH = 0.001
 #: Reflection streams at a time.
 REFLECTIONS = 4
+#: Threads that answer health in plain text.
+HEALTH_THREADS = 2
+#: The longest message that asks for health, in bytes.
+HEALTH_BYTES = 4096
+#: How long a connection may take until both sides know what they speak, in milliseconds.
+HANDSHAKE_MS = 20_000
 #: Room in a message beside its tensors.
 HEADER_BYTES = 1 << 20
 #: Time for answers that are on their way when the port closes, in seconds.
@@ -52,13 +58,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Server:
-    """A server that is listening. port and metrics_port are the real ones (metrics_port -1: none)."""
+    """A server that is listening. Ports are the real ones (metrics_port, health_port: -1 where there is none)."""
 
+    _plain: grpc.Server | None  # health alone
     grpc: grpc.Server
     frontend: Frontend
     health: DeviceHealth
     port: int
     metrics_port: int
+    health_port: int
     _metrics: WSGIServer | None
 
     def drain(self, grace: float) -> None:
@@ -69,6 +77,8 @@ class Server:
         self.health.enter_graceful_shutdown()
         self.frontend.drain(grace)
         self.grpc.stop(LAST_WORDS).wait()
+        if self._plain is not None:
+            self._plain.stop(LAST_WORDS).wait()
         self.health.close()
         self.frontend.close()
         if self._metrics is not None:
@@ -79,17 +89,22 @@ class Server:
 class BoundedReflection(reflection.ReflectionServicer):
     """Reflection, of which each stream occupies a thread: a few at a time, and none for ever."""
 
-    def __init__(self, names: Sequence[str], patience: Patience, seconds: float) -> None:
+    def __init__(self, names: Sequence[str], frontend: Frontend, seconds: float) -> None:
         """seconds: the longest that a stream may stay open."""
         super().__init__(names)
-        self._places, self._patience, self._seconds = threading.BoundedSemaphore(REFLECTIONS), patience, seconds
+        self._frontend, self._seconds = frontend, seconds
+        self._places = threading.BoundedSemaphore(REFLECTIONS)
 
     def ServerReflectionInfo(self, request_iterator: Iterable[Any], context: Any) -> Iterator[Any]:
         """Answers questions about the proto."""
+        try:
+            self._frontend.caller(context)
+        except Unauthenticated as error:
+            context.abort_with_status(status.to_grpc(error, ""))
         if not self._places.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{REFLECTIONS} reflections are under way already")
         try:
-            with self._patience.ended_after(self._seconds, context):
+            with self._frontend.patience.ended_after(self._seconds, context):
                 yield from super().ServerReflectionInfo(request_iterator, context)
         finally:
             self._places.release()
@@ -173,7 +188,11 @@ class DeviceHealth(health.HealthServicer):
 
 
 def start(settings: Settings) -> Server:
-    """Starts a server. Raises RuntimeError where the address is taken or the device does not work."""
+    """Starts a server.
+
+    Raises RuntimeError where an address is taken or the device does not work, ValueError for files that can't be used.
+    """
+    secured = tls.credentials(settings) if settings.tls_cert else None
     service, metrics = Service(settings), Metrics()
     service.engine.probe()
     server = grpc.server(
@@ -187,20 +206,30 @@ def start(settings: Settings) -> Server:
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
             ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ],
     )
     frontend = Frontend(service, metrics)
     names = add_services(frontend, server)
     checks = DeviceHealth(service.engine, names)
-    unreadable = health_pb2.HealthCheckRequest(service="bytes that are no message")
-    health_pb2_grpc.add_HealthServicer_to_server(checks, cast("Any", Lenient(server, unreadable)))
-    described = BoundedReflection(
-        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], frontend.patience, settings.idle_stream
-    )
-    lenient = Lenient(server, reflection_pb2.ServerReflectionRequest())
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, lenient)  # type: ignore[no-untyped-call]
+    _add_health(server, checks)
+    if settings.reflection:
+        described = BoundedReflection(
+            [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], frontend, settings.idle_stream
+        )
+        lenient = Lenient(server, reflection_pb2.ServerReflectionRequest())
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, lenient)  # type: ignore[no-untyped-call]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    port = server.add_insecure_port(f"{host}:{settings.port}")
+    address = f"{host}:{settings.port}"
+    port = server.add_insecure_port(address) if secured is None else server.add_secure_port(address, secured)
+    plain, health_port = None, -1
+    if settings.health_port >= 0:
+        plain = grpc.server(
+            started(HEALTH_THREADS, "health"),
+            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", HEALTH_BYTES)],
+        )
+        _add_health(plain, checks)
+        health_port = plain.add_insecure_port(f"{host}:{settings.health_port}")
     endpoint, metrics_port = None, -1
     if settings.metrics_port >= 0:
         try:
@@ -209,7 +238,14 @@ def start(settings: Settings) -> Server:
             raise OSError(f"metrics port {settings.metrics_port}: {error}") from error
         metrics_port = endpoint.server_port
     server.start()
-    return Server(server, frontend, checks, port, metrics_port, endpoint)
+    if plain is not None:
+        plain.start()
+    return Server(plain, server, frontend, checks, port, metrics_port, health_port, endpoint)
+
+
+def _add_health(server: grpc.Server, checks: DeviceHealth) -> None:
+    unreadable = health_pb2.HealthCheckRequest(service="bytes that are no message")
+    health_pb2_grpc.add_HealthServicer_to_server(checks, cast("Any", Lenient(server, unreadable)))
 
 
 def run(settings: Settings) -> None:
@@ -234,7 +270,10 @@ def run(settings: Settings) -> None:
     gc.collect()
     gc.freeze()  # what is here stays: looking through all of it now and then would stop every thread for long
     # Printed for people and for programs that asked for a free port.
-    print(f"queryselect serves on {settings.host}:{server.port}, metrics on port {server.metrics_port}", flush=True)
+    plain = f", health on port {server.health_port}" if server.health_port >= 0 else ""
+    print(
+        f"queryselect serves on {settings.host}:{server.port}, metrics on port {server.metrics_port}{plain}", flush=True
+    )
     stop.wait()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait for the grace
     log.info("draining, at most %g s", settings.drain_grace)

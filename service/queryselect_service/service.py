@@ -63,6 +63,7 @@ class Service:
             started = time.monotonic()
             request = wire.decode(message, buffers or {}, self.settings)
             request.check(self.settings, call.check)
+            call.caller.check_rows(request.size)
             times.decode = time.monotonic() - started
         return request
 

@@ -21,13 +21,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import allocator, status, wire
-from queryselect_service.call import Call
+from queryselect_service.auth import Tokens
+from queryselect_service.call import ANYONE, Call, Caller
 from queryselect_service.checks import check_request_id
 from queryselect_service.engine import Times
 from queryselect_service.errors import Busy, Cancelled, InvalidInput, Unavailable
@@ -41,6 +43,7 @@ from queryselect_service.threads import started
 REFUSING = 16
 #: A request that held as many bytes leaves pieces behind that are worth looking for.
 TRIM_BYTES = 64 << 20
+SELECTIONS, STREAMS = "selections under way", "streams open"
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +61,14 @@ class Frontend:
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service, self.metrics = service, metrics
+        file = service.settings.token_file
+        self._tokens = Tokens(Path(file)) if file else None
         self._running, self._ended, self._draining = 0, threading.Condition(), False
         # Each selection occupies a thread, from before its message is here.
         most = service.settings.max_queue + STREAMS_BEYOND
         clear_in = service.engine.queue.clear_in
         self._selecting = Room("this server", most, 0, movable=lambda call: not call.admitted, clear_in=clear_in)
-        self._streams = Counter[str]()
+        self._open = Counter[tuple[str, str]]()  # what peers have open: what, and whose
         self.patience = Patience()
         self.threads = started(most + REFUSING, "selection")
         service.readers = started(service.settings.max_queue + 2 * STREAMS_BEYOND, "inbox")
@@ -98,30 +103,32 @@ class Frontend:
 
     @contextmanager
     def selecting(self, call: Call, *, stream: bool = False) -> Iterator[None]:
-        """One RPC that may wait. Raises Busy where there are too many of them, or too many streams of its peer."""
-        self._selecting.enter(call)
-        try:
-            if not stream:
-                yield
-                return
-            with self._stream(call.peer):
-                yield
-        finally:
-            self._selecting.leave(call)
+        """One RPC that may wait. Raises Busy where there are too many of them, or too many of its peer."""
+        with self._one_of(call.caller.max_in_flight, SELECTIONS, call.peer):
+            self._selecting.enter(call)
+            try:
+                with self._one_of(self.service.settings.max_streams_per_peer if stream else None, STREAMS, call.peer):
+                    yield
+            finally:
+                self._selecting.leave(call)
 
     @contextmanager
-    def _stream(self, peer: str) -> Iterator[None]:
-        most = self.service.settings.max_streams_per_peer
+    def _one_of(self, most: int | None, what: str, peer: str) -> Iterator[None]:
+        """One of what a peer may have open, so many at a time; None: any number."""
         with self._ended:
-            if self._streams[peer] >= most:
-                raise Busy(f"this client has {most} streams open already", retry_after=RETRY_AFTER)
-            self._streams[peer] += 1
+            if most is not None and self._open[what, peer] >= most:
+                raise Busy(f"this client has {most} {what} already", retry_after=RETRY_AFTER)
+            self._open[what, peer] += 1
         try:
             yield
         finally:
             with self._ended:
-                self._streams[peer] -= 1
-                self._streams += Counter()  # forgets peers without streams
+                self._open[what, peer] -= 1
+                self._open += Counter()  # forgets what nobody has
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """Who calls. Raises Unauthenticated."""
+        return ANYONE if self._tokens is None else self._tokens.caller(context.invocation_metadata())
 
     @contextmanager
     def visit(self, rpc: str, context: grpc.ServicerContext) -> Iterator[Visit]:
@@ -135,6 +142,8 @@ class Frontend:
         try:
             if not context.add_callback(call.leave):
                 call.leave()
+            call.caller = self.caller(context)  # before anything else is read
+            call.peer = call.caller.name or call.peer
             self.name(visit, str(dict(context.invocation_metadata()).get("x-request-id", "")))
             with self._counted():
                 yield visit

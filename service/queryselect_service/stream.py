@@ -130,6 +130,7 @@ class Stream:
             request = wire.decode(start, None, service.settings)
             del start  # its tensors are read
             request.check(service.settings, call.check)
+            call.caller.check_rows(request.size)
         times.decode = time.monotonic() - times.started
         blockwise = any(in_blocks(request, array) for array in request.arrays)
         engine, selection = service.engine, None
