@@ -192,6 +192,7 @@ def start(settings: Settings) -> Server:
 
     Raises RuntimeError where an address is taken or the device does not work, ValueError for files that can't be used.
     """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_says_no_header)
     secured = tls.credentials(settings) if settings.tls_cert else None
     service, metrics = Service(settings), Metrics()
     service.engine.probe()
@@ -241,6 +242,11 @@ def start(settings: Settings) -> Server:
     if plain is not None:
         plain.start()
     return Server(plain, server, frontend, checks, port, metrics_port, health_port, endpoint)
+
+
+def _says_no_header(record: logging.LogRecord) -> bool:
+    """Whether a line of gRPC may be logged: it writes out headers that are no UTF-8, and a token may be in one."""
+    return not str(record.msg).startswith("Invalid encoding")
 
 
 def _add_health(server: grpc.Server, checks: DeviceHealth) -> None:

@@ -115,8 +115,11 @@ class Frontend:
     @contextmanager
     def _one_of(self, most: int | None, what: str, peer: str) -> Iterator[None]:
         """One of what a peer may have open, so many at a time; None: any number."""
+        if most is None:
+            yield
+            return
         with self._ended:
-            if most is not None and self._open[what, peer] >= most:
+            if self._open[what, peer] >= most:
                 raise Busy(f"this client has {most} {what} already", retry_after=RETRY_AFTER)
             self._open[what, peer] += 1
         try:
