@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
@@ -23,8 +23,9 @@ from queryselect_service import allocator, status, tls
 from queryselect_service.engine import Engine
 from queryselect_service.errors import Unauthenticated
 from queryselect_service.metrics import Metrics
+from queryselect_service.patience import Patience
 from queryselect_service.service import Service
-from queryselect_service.servicer import Frontend, add_methods, add_services
+from queryselect_service.servicer import PROMPT, Frontend, add_methods, add_services
 from queryselect_service.settings import Settings
 from queryselect_service.threads import end_with_threads, started
 
@@ -110,22 +111,49 @@ class BoundedReflection(reflection.ReflectionServicer):
             self._places.release()
 
 
-class Lenient:
-    """Stands in for a server while others' services are added to it: bytes that are no message are read as `instead`.
+class Prompt:
+    """A method that takes its one message as a stream would, and waits for it no longer than is good for others.
 
-    gRPC would answer them with INTERNAL.
+    gRPC would wait in one of its threads for as long as the caller likes.
     """
 
-    def __init__(self, server: grpc.Server, instead: Message) -> None:
-        self._server, self._instead = server, instead
+    def __init__(self, method: Callable[..., Any], patience: Patience) -> None:
+        self._method, self._patience = method, patience
+        self.experimental_non_blocking = getattr(method, "experimental_non_blocking", False)  # gRPC's own name for it
+
+    def __call__(self, messages: Iterator[Any], context: grpc.ServicerContext, *more: Any) -> Any:
+        """Runs the method."""
+        with self._patience.ended_after(PROMPT, context):
+            message = next(messages, None)
+        if message is None:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "this method needs one message; there is none")
+        return self._method(message, context, *more)
+
+
+class Lenient:
+    """Stands in for a server while others' services are added to it.
+
+    Bytes that are no message are read as `instead`, where gRPC would answer with INTERNAL, and what is unary is prompt.
+    """
+
+    def __init__(self, server: grpc.Server, instead: Message, patience: Patience) -> None:
+        self._server, self._instead, self._patience = server, instead, patience
 
     def add_generic_rpc_handlers(self, _: object) -> None:
         """The same methods as below."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         """Adds a service's methods."""
-        lenient = {name: each._replace(request_deserializer=self._read) for name, each in handlers.items()}
-        add_methods(self._server, service, lenient)
+        add_methods(self._server, service, {name: self._lenient(each) for name, each in handlers.items()})
+
+    def _lenient(self, method: Any) -> Any:
+        if method.request_streaming:
+            return method._replace(request_deserializer=self._read)
+        kind = (
+            grpc.stream_stream_rpc_method_handler if method.response_streaming else grpc.stream_unary_rpc_method_handler
+        )
+        prompt = Prompt(method.unary_stream or method.unary_unary, self._patience)
+        return kind(prompt, self._read, method.response_serializer)
 
     def _read(self, data: bytes) -> Message:
         try:
@@ -213,12 +241,12 @@ def start(settings: Settings) -> Server:
     frontend = Frontend(service, metrics)
     names = add_services(frontend, server)
     checks = DeviceHealth(service.engine, names)
-    _add_health(server, checks)
+    _add_health(server, checks, frontend.patience)
     if settings.reflection:
         described = BoundedReflection(
             [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], frontend, settings.idle_stream
         )
-        lenient = Lenient(server, reflection_pb2.ServerReflectionRequest())
+        lenient = Lenient(server, reflection_pb2.ServerReflectionRequest(), frontend.patience)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, lenient)  # type: ignore[no-untyped-call]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.port}"
@@ -229,7 +257,7 @@ def start(settings: Settings) -> Server:
             started(HEALTH_THREADS, "health"),
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", HEALTH_BYTES)],
         )
-        _add_health(plain, checks)
+        _add_health(plain, checks, frontend.patience)
         health_port = plain.add_insecure_port(f"{host}:{settings.health_port}")
     endpoint, metrics_port = None, -1
     if settings.metrics_port >= 0:
@@ -249,9 +277,9 @@ def _says_no_header(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Invalid encoding")
 
 
-def _add_health(server: grpc.Server, checks: DeviceHealth) -> None:
+def _add_health(server: grpc.Server, checks: DeviceHealth, patience: Patience) -> None:
     unreadable = health_pb2.HealthCheckRequest(service="bytes that are no message")
-    health_pb2_grpc.add_HealthServicer_to_server(checks, cast("Any", Lenient(server, unreadable)))
+    health_pb2_grpc.add_HealthServicer_to_server(checks, cast("Any", Lenient(server, unreadable, patience)))
 
 
 def run(settings: Settings) -> None:

@@ -4,8 +4,8 @@ Requirements that the design meets:
 
 - Messages come as bytes and are read in the method's own thread: bytes that are none are the caller's fault, not gRPC's
   INTERNAL, and gRPC's one thread for everything never reads megabytes.
-- `Select` takes its one message as a stream would, which is the same on the wire: it is counted before its message is
-  here, so that slow ones are bounded, and the message can go once it is read.
+- Unary methods take their one message as a stream would, which is the same on the wire: callers show who they are, and
+  are counted, before it is here; slow ones are bounded, and the message can go once it is read.
 - Selections wait in threads of their own: health and descriptions never wait for one.
 """
 
@@ -43,6 +43,8 @@ from queryselect_service.threads import started
 REFUSING = 16
 #: A request that held as many bytes leaves pieces behind that are worth looking for.
 TRIM_BYTES = 64 << 20
+#: How long a message without tensors may take to come, in seconds: it is waited for in a thread that others need.
+PROMPT = 2.0
 SELECTIONS, STREAMS = "selections under way", "streams open"
 
 log = logging.getLogger(__name__)
@@ -172,13 +174,13 @@ class Frontend:
         check_request_id(request_id)
         visit.call.request_id = request_id or visit.call.request_id
 
-    def message(self, messages: Iterator[bytes], call: Call, context: grpc.ServicerContext) -> bytes:
-        """The one message of a unary RPC. One that takes too long to come ends as CANCELLED.
+    def message(self, messages: Iterator[bytes], call: Call, context: grpc.ServicerContext, seconds: float) -> bytes:
+        """The one message of a unary RPC. One that takes longer to come ends as CANCELLED.
 
         Raises InvalidInput where there is none, Cancelled or Busy where it is not to be waited for.
         """
         try:
-            with self.patience.ended_after(self.service.settings.upload_grace, context, call):
+            with self.patience.ended_after(seconds, context, call):
                 data = next(messages, None)
         except grpc.RpcError as error:
             call.check()
@@ -199,7 +201,9 @@ class SelectionServicer:
         """Answers one request with one message."""
         frontend, service, times = self.frontend, self.frontend.service, Times()
         with frontend.visit("Select", context) as visit, frontend.selecting(visit.call):
-            message = wire.read(selection_pb2.SelectRequest, frontend.message(messages, visit.call, context))
+            data = frontend.message(messages, visit.call, context, service.settings.upload_grace)
+            message = wire.read(selection_pb2.SelectRequest, data)
+            del data
             times.receive = time.monotonic() - times.started
             visit.strategy = _strategy(message)
             frontend.name(visit, message.request_id)
@@ -241,10 +245,12 @@ class StrategyServicer:
     def __init__(self, frontend: Frontend) -> None:
         self.frontend = frontend
 
-    def ListStrategies(self, data: bytes, context: grpc.ServicerContext) -> strategy_pb2.ListStrategiesResponse:
+    def ListStrategies(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext
+    ) -> strategy_pb2.ListStrategiesResponse:
         """Describes every strategy."""
-        with self.frontend.visit("ListStrategies", context):
-            wire.read(strategy_pb2.ListStrategiesRequest, data)
+        with self.frontend.visit("ListStrategies", context) as visit:
+            wire.read(strategy_pb2.ListStrategiesRequest, self.frontend.message(messages, visit.call, context, PROMPT))
             return self.frontend.service.list_strategies()
         raise AssertionError("a visit ends with an answer or an abortion")
 
@@ -255,10 +261,12 @@ class ServerServicer:
     def __init__(self, frontend: Frontend) -> None:
         self.frontend = frontend
 
-    def GetServerInfo(self, data: bytes, context: grpc.ServicerContext) -> server_pb2.GetServerInfoResponse:
+    def GetServerInfo(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext
+    ) -> server_pb2.GetServerInfoResponse:
         """Describes the server."""
-        with self.frontend.visit("GetServerInfo", context):
-            wire.read(server_pb2.GetServerInfoRequest, data)
+        with self.frontend.visit("GetServerInfo", context) as visit:
+            wire.read(server_pb2.GetServerInfoRequest, self.frontend.message(messages, visit.call, context, PROMPT))
             return self.frontend.service.server_info()
         raise AssertionError("a visit ends with an answer or an abortion")
 
@@ -289,12 +297,12 @@ def add_services(frontend: Frontend, server: grpc.Server) -> list[str]:
             ),
         },
         strategy_pb2: {
-            "ListStrategies": grpc.unary_unary_rpc_method_handler(
+            "ListStrategies": grpc.stream_unary_rpc_method_handler(
                 strategies.ListStrategies, None, strategy_pb2.ListStrategiesResponse.SerializeToString
             )
         },
         server_pb2: {
-            "GetServerInfo": grpc.unary_unary_rpc_method_handler(
+            "GetServerInfo": grpc.stream_unary_rpc_method_handler(
                 info.GetServerInfo, None, server_pb2.GetServerInfoResponse.SerializeToString
             )
         },

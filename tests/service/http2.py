@@ -12,13 +12,9 @@ Header = tuple[bytes, bytes]
 
 def send(port: int, path: str, *headers: Header, message: bytes = b"") -> int:
     """Calls a method with one message. The kind of the frame that ended the call; GOAWAY too where the line was cut."""
-    mine = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", path.encode()), (b":authority", b"localhost")]
-    mine += [(b"content-type", b"application/grpc"), (b"te", b"trailers"), *headers]
-    block = b"".join(b"\x00" + _text(name) + _text(value) for name, value in mine)
     data = b"\x00" + struct.pack(">I", len(message)) + message
-    with socket.create_connection(("127.0.0.1", port), 10) as line:
-        line.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(SETTINGS, 0, 0, b""))
-        line.sendall(_frame(HEADERS, END_HEADERS, 1, block) + _frame(DATA, END_STREAM, 1, data))
+    with begin(port, path, *headers) as line:
+        line.sendall(_frame(DATA, END_STREAM, 1, data))
         come = line.makefile("rb")
         while len(head := come.read(9)) == 9:
             size, kind, flags, stream = int.from_bytes(head[:3]), head[3], head[4], int.from_bytes(head[5:])
@@ -28,6 +24,17 @@ def send(port: int, path: str, *headers: Header, message: bytes = b"") -> int:
             if kind in {RESET, GOAWAY} or (stream == 1 and kind in {DATA, HEADERS} and flags & END_STREAM):
                 return kind
     return GOAWAY
+
+
+def begin(port: int, path: str, *headers: Header) -> socket.socket:
+    """A connection in which a method is called, and nothing follows."""
+    mine = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", path.encode()), (b":authority", b"localhost")]
+    mine += [(b"content-type", b"application/grpc"), (b"te", b"trailers"), *headers]
+    block = b"".join(b"\x00" + _text(name) + _text(value) for name, value in mine)
+    line = socket.create_connection(("127.0.0.1", port), 10)
+    line.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(SETTINGS, 0, 0, b""))
+    line.sendall(_frame(HEADERS, END_HEADERS, 1, block))
+    return line
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

@@ -263,6 +263,20 @@ def test_a_scheme_has_any_case(fortress, scheme):
     assert calls(channel)["GetServerInfo"]((("authorization", f"{scheme} {TOKEN}"),))
 
 
+@pytest.mark.parametrize("rpc", ["Select", "SelectStream", "ListStrategies", "GetServerInfo"])
+def test_who_has_no_token_is_refused_before_its_message_comes(fortress, rpc):
+    own, _ = fortress
+    service = {"ListStrategies": "Strategy", "GetServerInfo": "Server"}.get(rpc, "Selection")
+    before = outcomes(own, rpc).get("UNAUTHENTICATED", 0)
+    with ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(http2.begin(own.port, f"/queryselect.v1.{service}Service/{rpc}"))
+        until = time.monotonic() + 10
+        while outcomes(own, rpc).get("UNAUTHENTICATED", 0) < before + 50:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
 # What a bad token costs
 
 
