@@ -81,7 +81,6 @@ def _no_password() -> str:
 
 def _words(error: Exception) -> str:
     """What OpenSSL has to say, in words."""
-    reason = getattr(error, "reason", None)
-    if reason == "KEY_VALUES_MISMATCH":
+    if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
         return "the key is not the certificate's"
-    return f"no PEM that can be used ({reason})" if isinstance(error, ssl.SSLError) else str(error)
+    return "no PEM that can be used" if isinstance(error, ssl.SSLError) else str(error)
