@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 import time
+import urllib.request
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +19,8 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from queryselect import Client, Unavailable, cli
+from benchmarks.service.loopback import QUIETLY, process
+from queryselect import Client, Unauthenticated, Unavailable, _tokens, cli
 from queryselect.v1 import selection_pb2_grpc
 from queryselect_service import server
 from queryselect_service.settings import Settings
@@ -251,6 +253,67 @@ def test_mtls_lets_in_who_has_a_certificate_of_the_ca(tmp_path, issued):
         new.replace(tmp_path / "ca.crt")
         assert works(own, mine.root, pair=other.pair()), "and stays where what comes is none"
         assert not works(own, mine.root, pair=mine.pair())
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_does_not_outlive_its_ca(tmp_path, issued, version):
+    """Who was let in once is looked at again when the CA is another, though it has a ticket."""
+    mine, other = issued
+    write(tmp_path, mine.pair())
+    (tmp_path / "ca.crt").write_bytes(mine.root)
+    for name, data in zip(("client.crt", "client.key"), mine.pair(), strict=True):
+        (tmp_path / name).write_bytes(data)
+    context = ssl.create_default_context(cadata=mine.root.decode())
+    context.load_cert_chain(tmp_path / "client.crt", tmp_path / "client.key")
+    context.minimum_version = context.maximum_version = version
+    context.set_alpn_protocols(["h2"])
+
+    def visit(session=None):
+        """A connection that is greeted; whether by its ticket, and its new one."""
+        with (
+            socket.create_connection(("127.0.0.1", own.port), 10) as line,
+            context.wrap_socket(line, server_hostname="127.0.0.1", session=session) as secured,
+        ):
+            secured.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+            assert secured.recv(9)[3:4] == b"\4", "HTTP/2's settings"
+            return secured.session_reused, secured.session
+
+    with serving(tmp_path, tls_client_ca=str(tmp_path / "ca.crt")) as own:
+        reused, session = visit()
+        assert not reused
+        assert visit(session)[0], "as long as nothing changes"
+        (tmp_path / "ca.new").write_bytes(other.root)
+        (tmp_path / "ca.new").replace(tmp_path / "ca.crt")
+        with pytest.raises((OSError, AssertionError)):
+            visit(session)
+
+
+def test_a_server_of_its_own_says_nothing_secret(tmp_path, issued):
+    """All settings by the environment, everything logged, good tokens and bad ones."""
+    write(tmp_path, issued[0].pair())
+    token, salt, hashed = _tokens.make("studio")
+    (tmp_path / "tokens.toml").write_text(
+        f'[[tokens]]\nname = "studio"\nsalt = "{salt.hex()}"\nhash = "{hashed.hex()}"\n'
+    )
+    told = {**paths(tmp_path), "token_file": str(tmp_path / "tokens.toml"), "health_port": "0", "log_level": "DEBUG"}
+    with pytest.MonkeyPatch.context() as patch, (tmp_path / "log").open("w") as log:
+        for name, value in told.items():
+            patch.setenv(f"QUERYSELECT_{name.upper()}", value)
+        with process("-m", "queryselect_service", *QUIETLY[:4], errors=log) as (_, (port, metrics, plain)):
+            assert health(f"127.0.0.1:{plain}") == 0
+            tls = credentials(issued[0].root)
+            with Client(f"localhost:{port}", tls=tls, token=token) as client:
+                assert len(client.select("random", 2, num_rows=5)) == 2
+            for bad in (token[:-1] + "x", f"qs_studio_{hashed.hex()}"):
+                with Client(f"localhost:{port}", tls=tls, token=bad) as client, pytest.raises(Unauthenticated):
+                    client.select("random", 2, num_rows=5)
+            with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics") as page:
+                shown = page.read().decode()
+    written = (tmp_path / "log").read_text()
+    assert "token_file = " in written
+    assert "UNAUTHENTICATED" in written
+    for secret in (token.rpartition("_")[2][:-1], salt.hex(), hashed.hex(), "PRIVATE KEY"):
+        assert secret not in written + shown
 
 
 def test_the_client_speaks_tls(tmp_path, issued):
