@@ -26,6 +26,14 @@ from queryselect._session import Session
 from queryselect._version import __version__
 from queryselect.strategies.v1 import *  # noqa: F403  # its __all__ is generated
 from queryselect.strategies.v1 import __all__ as _strategies
+from queryselect.v1.tensor_pb2 import (
+    TENSOR_FORMAT_ARROW,
+    TENSOR_FORMAT_NPY,
+    TENSOR_FORMAT_PARQUET,
+    TENSOR_FORMAT_SAFETENSORS,
+    RowRange,
+    TensorRef,
+)
 
 __all__ = [  # noqa: PLE0604  # the rest is generated
     "Aborted",
@@ -43,8 +51,14 @@ __all__ = [  # noqa: PLE0604  # the rest is generated
     "PermissionDenied",
     "Picks",
     "QuerySelectError",
+    "RowRange",
     "ServerBug",
     "Session",
+    "TENSOR_FORMAT_ARROW",
+    "TENSOR_FORMAT_NPY",
+    "TENSOR_FORMAT_PARQUET",
+    "TENSOR_FORMAT_SAFETENSORS",
+    "TensorRef",
     "TooLarge",
     "Unauthenticated",
     "Unavailable",

@@ -38,6 +38,7 @@ class Inputs(TypedDict, total=False):
 
     N rows of the pool, D embedding dimensions, C classes, K parameter samples, P gradient entries. Arrays may be numpy,
     torch, pandas, or anything with __array__ or __dlpack__. Lists of rows are boolean masks (N) or integer row numbers.
+    An array may also be a TensorRef, which the server reads from where it says, if its operator allows it.
 
     With item_rows, lists, costs, quotas, groups and ids are those of items, and N stands for their number there.
     """

@@ -63,9 +63,14 @@ class Prepared:
         return sum(array.data.nbytes for array in self.arrays.values())
 
     @property
-    def answer_bytes(self) -> int:
-        """The bytes of the answer's arrays: an index and a score per pick, what every item has when asked for."""
+    def answer_bytes(self) -> float:
+        """The bytes of the answer's arrays: an index and a score per pick, what every item has when asked for.
+
+        Without end where an array by reference may have any number of items.
+        """
         asked = {selection_pb2.RETURN_POOL_SCORES, selection_pb2.RETURN_PSEUDO_LABELS} & {*self.message.returns}
+        if asked and not self.num_items:
+            return math.inf
         per_item = 8 * self.num_items * len(asked)
         return 16 * self.message.stop.max_items + per_item
 
@@ -133,12 +138,19 @@ def _add_inputs(
             sizes += _add_scales(prepared, value, upload=upload)
             told = told or upload
             given.append(name)
-        elif not _is_tensor(_FIELDS[name]):
+            continue
+        if not _is_tensor(_FIELDS[name]):
             _fill(message.pool, {name: value}, "pool.", prepared.arrays)
+            continue
+        upload = wanted is None or name in wanted or name in ALWAYS
+        if isinstance(value, tensor_pb2.TensorRef):
+            given.append(f"{name} by reference")
+            if upload:
+                getattr(message.pool, name).ref.CopyFrom(value)
+            told = told or (upload and name not in NOT_PER_ROW)
         else:
             array = to_wire(value, f"pool.{name}", rows=name in (*ROW_LISTS, "labels", "item_rows"))
             given.append(f"{name} {array.shape_text}")
-            upload = wanted is None or name in wanted or name in ALWAYS
             if upload:
                 getattr(message.pool, name).CopyFrom(array.header())
                 prepared.arrays[f"pool.{name}"] = array
@@ -186,7 +198,8 @@ def _count_items(prepared: Prepared, items: list[int]) -> None:
 
     items: what else tells it, and after this that number too. Wrong numbers are left for the server to name.
     """
-    pool, rows = prepared.message.pool, prepared.arrays["pool.item_rows"].data
+    pool, array = prepared.message.pool, prepared.arrays.get("pool.item_rows")
+    rows = np.empty(0) if array is None else array.data  # by reference: the server sees
     if pool.HasField("num_items"):
         items.append(pool.num_items)
     elif not items and rows.size and rows.dtype.kind == "i" and rows.min() >= 0:
@@ -360,6 +373,9 @@ def _listed(value: Any, kind: Any, words: str, path: str) -> Any:
 
 
 def _add(tensor: tensor_pb2.Tensor, value: Any, path: str, arrays: dict[str, WireArray]) -> None:
+    if isinstance(value, tensor_pb2.TensorRef):
+        tensor.ref.CopyFrom(value)
+        return
     arrays[path] = to_wire(value, path)
     tensor.CopyFrom(arrays[path].header())
 

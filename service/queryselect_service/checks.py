@@ -35,11 +35,28 @@ SAMPLES_RULES = {"LOG_PROBABILITIES": "log_probabilities", "LOGITS": "logits"}
 
 
 @dataclass
+class Source:
+    """Where a tensor is read from. dtype, shape: what the request says of it, where it does.
+
+    format: such as NPY; empty where the address tells. rows: those that are taken, in this order; none: all. version:
+    the one that must be found, and once opened the one that is read.
+    """
+
+    uri: str
+    format: str
+    column: str | None
+    rows: tuple[range, ...]
+    version: str | None
+    dtype: torch.dtype | None
+    shape: tuple[int, ...] | None
+
+
+@dataclass
 class Array:
     """A tensor of the request: its path, its type and shape, and its elements once they are here.
 
     letters: what its dimensions are, such as "N D", where they are those of every such tensor. kind: of samples, what
-    they are.
+    they are. source: where it is read from; until that is open, type and shape say nothing.
     """
 
     path: str
@@ -48,6 +65,7 @@ class Array:
     data: Tensor | None = None
     letters: str = ""
     kind: str = ""
+    source: Source | None = None
 
     @property
     def key(self) -> str:

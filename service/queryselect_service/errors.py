@@ -5,14 +5,18 @@
     ├── OverLimit          the request is right, but larger than a fixed limit     OUT_OF_RANGE
     ├── DoesNotFit         the request can never fit this device                   FAILED_PRECONDITION
     ├── Unsupported        this server does not serve that (yet)                   UNIMPLEMENTED
+    ├── NotFound           there is nothing at an address to read from             NOT_FOUND
+    ├── PermissionDenied   the server may not read from there                      PERMISSION_DENIED
+    ├── Unauthenticated    no token, or none that is known here                    UNAUTHENTICATED
     ├── Busy               no room now; the same request may succeed later         RESOURCE_EXHAUSTED
     ├── OutOfMemory        the device ran out in spite of the estimate             RESOURCE_EXHAUSTED
     ├── DataLoss           bytes changed on the way, or did not come               DATA_LOSS
     ├── Aborted            the stream was silent for too long                      ABORTED
-    │   └── TooSlow        the upload was too slow for too long                    ABORTED
+    │   ├── TooSlow        the upload was too slow for too long                    ABORTED
+    │   └── ObjectChanged  what is read by reference is another version now        ABORTED
     ├── Unavailable        the server is draining                                  UNAVAILABLE
-    │   └── DeviceLost     its device does not work                                UNAVAILABLE
-    ├── Unauthenticated    no token, or none that is known here                    UNAUTHENTICATED
+    │   ├── DeviceLost     its device does not work                                UNAVAILABLE
+    │   └── SourceUnavailable  where it reads from does not answer                 UNAVAILABLE
     ├── Cancelled          the caller went away                                    CANCELLED
     └── DeadlineExceeded   the caller's deadline passed                            DEADLINE_EXCEEDED
 
@@ -87,6 +91,24 @@ class Unsupported(ServiceError):
     code, reason = "UNIMPLEMENTED", "UNSUPPORTED"
 
 
+class NotFound(ServiceError):
+    """There is nothing at an address: name another."""
+
+    code, reason = "NOT_FOUND", "NOT_FOUND"
+
+
+class PermissionDenied(ServiceError):
+    """The server may not read from there: ask its operator."""
+
+    code, reason = "PERMISSION_DENIED", "NOT_ALLOWED"
+
+
+class Unauthenticated(ServiceError):
+    """Nobody that this server knows: ask its operator for a token. Says what is needed, never what came."""
+
+    code, reason = "UNAUTHENTICATED", "UNAUTHENTICATED"
+
+
 class Busy(ServiceError):
     """There is no room now: try again after `retry_after` seconds."""
 
@@ -121,6 +143,12 @@ class TooSlow(Aborted):
     reason = "SLOW"
 
 
+class ObjectChanged(Aborted):
+    """What is read by reference is another version now: start again, naming the one that is meant."""
+
+    reason = "CHANGED"
+
+
 class Unavailable(ServiceError):
     """The server is going away: try another."""
 
@@ -133,10 +161,10 @@ class DeviceLost(Unavailable):
     reason = "DEVICE_LOST"
 
 
-class Unauthenticated(ServiceError):
-    """Nobody that this server knows: ask its operator for a token. Says what is needed, never what came."""
+class SourceUnavailable(Unavailable):
+    """Where the server reads a tensor from does not answer: try again."""
 
-    code, reason = "UNAUTHENTICATED", "UNAUTHENTICATED"
+    reason = "SOURCE"
 
 
 class Cancelled(ServiceError):

@@ -1,8 +1,9 @@
 """A request off the wire: what it says, whether it makes sense, and the problem that is left for a kernel.
 
 `Request` may know a tensor by its header alone: `check` then looks at names, shapes and types, and whatever values are
-there already, so that a large upload can be refused before it is sent. What comes later is checked as it comes:
-`check_values` takes rows, `check_rows` the lists of rows. `problem` needs all values, or the scores made of them.
+there already, so that a large upload can be refused before it is sent, and a large object before it is read. What comes
+later is checked as it comes: `check_values` takes rows, `check_rows` the lists of rows. `problem` needs all values, or
+the scores made of them.
 """
 
 from __future__ import annotations
@@ -209,6 +210,11 @@ class Request:
             yield self.items.array
         if isinstance(self.ids, Array):
             yield self.ids
+
+    @property
+    def by_reference(self) -> bool:
+        """Whether some tensor is to be read by the server itself."""
+        return any(array.source is not None for array in self.arrays)
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from importlib.metadata import version
 
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
@@ -17,6 +18,7 @@ from queryselect_service.engine import Engine, Times
 from queryselect_service.errors import OverLimit
 from queryselect_service.request import Request
 from queryselect_service.settings import Settings
+from queryselect_service.sources.fetch import Fetch, Sources
 from queryselect_service.strategy import Selection
 from queryselect_service.stream import Stream
 
@@ -37,6 +39,7 @@ class Service:
         # At which few read requests and check values at a time: Python runs one thread at a time, and every other that
         # wants to run makes health checks and new calls wait longer.
         self.desk = threading.Semaphore(DESKS)
+        self.sources = Sources(settings)
         # For the messages of streams; a server has its own, which are there from the start.
         self.readers = ThreadPoolExecutor(thread_name_prefix="inbox")
         self._described: tuple[list[strategies.Strategy], strategy_pb2.ListStrategiesResponse] | None = None
@@ -49,26 +52,39 @@ class Service:
         Raises ServiceError.
         """
         times = Times()
-        request = self.read(message, call, times, buffers)
-        return self.run(request, call, times, held=0 if buffers else request.nbytes)
+        request, fetch = self.read(message, call, times, buffers or {})
+        return self.run(request, fetch, call, times, held=0 if buffers else request.nbytes)
 
     def read(
-        self, message: selection_pb2.SelectRequest, call: Call, times: Times, buffers: wire.Buffers | None = None
-    ) -> Request:
-        """What a message asks for, checked. Raises ServiceError.
+        self, message: selection_pb2.SelectRequest, call: Call, times: Times, buffers: wire.Buffers | None
+    ) -> tuple[Request, Fetch]:
+        """What a message asks for, checked, and what is to be read for it by reference. Raises ServiceError.
 
-        Its tensors are not the message's memory, which may go.
+        buffers: see wire.decode. The request's tensors are not the message's memory, which may go.
         """
         with self.desk:
             started = time.monotonic()
-            request = wire.decode(message, buffers or {}, self.settings)
-            request.check(self.settings, call.check)
-            call.caller.check_rows(request.size)
+            request = wire.decode(message, buffers, self.settings)
+            by_reference = request.by_reference
+            if not by_reference:
+                request.check(self.settings, call.check)
             times.decode = time.monotonic() - started
-        return request
+        fetch = self.sources.open(request, call)
+        if by_reference:  # now types and shapes are known
+            with self.desk:
+                request.check(self.settings, call.check)
+        call.caller.check_rows(request.size)
+        return request, fetch
 
     def run(
-        self, request: Request, call: Call, times: Times, *, held: int, largest_answer: int | None = None
+        self,
+        request: Request,
+        fetch: Fetch,
+        call: Call,
+        times: Times,
+        *,
+        held: int,
+        largest_answer: int | None = None,
     ) -> selection_pb2.SelectResponse:
         """Selects. held: bytes of the request's tensors that this process keeps for it. Raises ServiceError.
 
@@ -77,6 +93,10 @@ class Service:
         size, selection = request.answer_bytes, None
         if largest_answer is not None and size > largest_answer:
             raise OverLimit("bytes of the answer", size, largest_answer, name="max_inline_bytes", field="returns")
+        if fetch:  # as a stream whose client sends nothing
+            with closing(Stream(self, iter(()), call, times)) as stream:
+                *_, last = stream.answers(request, fetch, None)
+            return last.result
         if not request.validate_only:
             with self.engine.admit(request, call, times, held=held) as place:
                 selection = place.run(lambda: request.problem(call.check))
@@ -84,7 +104,7 @@ class Service:
 
     def select_stream(self, messages: Iterator[wire.StreamMessage], call: Call) -> Stream:
         """A stream of messages to be answered."""
-        return Stream(self, messages, call)
+        return Stream(self, messages, call, Times())
 
     def answer(
         self,
@@ -98,9 +118,7 @@ class Service:
         answer = wire.encode(selection, request, large)
         answer.request_id = call.request_id
         total = time.monotonic() - times.started
-        answer.info.CopyFrom(
-            wire.encode_info(times, total, str(self.engine.device), request.compute_dtype, request.seed, VERSION)
-        )
+        answer.info.CopyFrom(wire.encode_info(times, total, str(self.engine.device), request, VERSION))
         return answer
 
     def list_strategies(self) -> strategy_pb2.ListStrategiesResponse:
@@ -125,5 +143,6 @@ class Service:
             devices=[device],
             limits=wire.encode_limits(self.settings),
             dtypes=list(wire.DTYPES),
+            uri_schemes=self.sources.schemes,
             recommended_chunk_bytes=wire.RECOMMENDED_CHUNK_BYTES,
         )

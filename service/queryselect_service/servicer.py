@@ -37,6 +37,7 @@ from queryselect_service.metrics import Metrics
 from queryselect_service.patience import Patience
 from queryselect_service.queue import RETRY_AFTER, Room
 from queryselect_service.service import STREAMS_BEYOND, Service
+from queryselect_service.sources.fetch import THREADS
 from queryselect_service.threads import started
 
 #: Threads beyond those, for callers who are told that there is no room.
@@ -74,6 +75,7 @@ class Frontend:
         self.patience = Patience()
         self.threads = started(most + REFUSING, "selection")
         service.readers = started(service.settings.max_queue + 2 * STREAMS_BEYOND, "inbox")
+        service.sources.threads = started(THREADS, "fetch")
         metrics.in_flight.set_function(lambda: service.engine.host.taken)
         metrics.queue_depth.set_function(lambda: len(service.engine.queue))
 
@@ -88,6 +90,7 @@ class Frontend:
         self.patience.close()
         self.threads.shutdown(wait=False)
         self.service.readers.shutdown(wait=False)
+        self.service.sources.threads.shutdown(wait=False)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -207,10 +210,10 @@ class SelectionServicer:
             times.receive = time.monotonic() - times.started
             visit.strategy = _strategy(message)
             frontend.name(visit, message.request_id)
-            request = service.read(message, visit.call, times)
+            request, fetch = service.read(message, visit.call, times, {})
             del message  # which has all tensors once more
             largest = service.settings.max_inline_bytes
-            return service.run(request, visit.call, times, held=request.nbytes, largest_answer=largest)
+            return service.run(request, fetch, visit.call, times, held=request.nbytes, largest_answer=largest)
         raise AssertionError("a visit ends with an answer or an abortion")
 
     def SelectStream(

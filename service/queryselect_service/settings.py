@@ -68,6 +68,10 @@ class Settings:
     max_quotas: int = setting(8, "quotas of one request", low=0)
     max_references: int = setting(16, "reference sets of one request", low=0)
     max_streams_per_peer: int = setting(64, "streams open per peer", low=1)
+    allow_uris: str = setting(
+        "", "prefixes of addresses that requests may read tensors from, separated by commas; empty: none"
+    )
+    max_sources: int = setting(64, "tensors of one request that are read by reference", low=0)
     idle_stream: float = setting(30.0, "silence after which a stream is aborted, seconds", low=0)
     upload_grace: float = setting(60.0, "time that an upload may take, however slow, seconds", low=0)
     min_upload_rate: int = setting(

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from queryselect.v1 import selection_pb2
@@ -25,7 +26,9 @@ from queryselect_service.call import Call
 from queryselect_service.engine import POLL, Place, Times
 from queryselect_service.errors import Aborted, Cancelled, InvalidInput, ServiceError, TooSlow
 from queryselect_service.queue import Job
+from queryselect_service.request import Request
 from queryselect_service.scores import Scores
+from queryselect_service.sources.fetch import Fetch
 from queryselect_service.strategy import Selection
 from queryselect_service.upload import Part, Upload, held_bytes, in_blocks
 
@@ -104,8 +107,8 @@ class Inbox:
 class Stream:
     """One SelectStream at work."""
 
-    def __init__(self, service: Service, messages: Iterator[wire.StreamMessage], call: Call) -> None:
-        self._service, self._call, self._times = service, call, Times()
+    def __init__(self, service: Service, messages: Iterator[wire.StreamMessage], call: Call, times: Times) -> None:
+        self._service, self._call, self._times = service, call, times
         self._inbox = Inbox(messages, service.readers)
         self._waited = 0.0  # seconds for the client's messages
         self._told = 0.0  # when progress was told last
@@ -125,21 +128,21 @@ class Stream:
 
     def run(self, start: selection_pb2.SelectRequest) -> Iterator[wire.StreamResponse]:
         """What follows the start. Raises ServiceError."""
+        request, fetch = self._service.read(start, self._call, self._times, None)
+        del start  # its tensors are read
+        yield from self.answers(request, fetch, {})
+
+    def answers(self, request: Request, fetch: Fetch, large: wire.Large | None) -> Iterator[wire.StreamResponse]:
+        """What follows a checked start. large: see wire.encode. Raises ServiceError."""
         service, call, times = self._service, self._call, self._times
-        with service.desk:
-            request = wire.decode(start, None, service.settings)
-            del start  # its tensors are read
-            request.check(service.settings, call.check)
-            call.caller.check_rows(request.size)
-        times.decode = time.monotonic() - times.started
         blockwise = any(in_blocks(request, array) for array in request.arrays)
-        engine, selection = service.engine, None
-        with engine.admit(request, call, times, held=held_bytes(request), resident=not blockwise) as place:
+        engine, selection, held = service.engine, None, held_bytes(request) + fetch.held_bytes
+        with closing(fetch), engine.admit(request, call, times, held=held, resident=not blockwise) as place:
             upload = Upload(request, place.reserve, call.check)
             scores = Scores(request, place, upload, engine.device) if blockwise else None
             self._inbox.admit()
             yield wire.encode_admitted(call.request_id, place.reserved)
-            yield from self._receive(upload, scores)
+            yield from self._receive(upload, scores, fetch)
             place.settle()
             if not request.validate_only:
                 values = None if scores is None else scores.values
@@ -147,7 +150,6 @@ class Stream:
                 job = place.start_selection(lambda: request.problem(call.check, values), left)
                 yield from self._progress(place, job)
                 selection = place.result(job)
-            large: wire.Large = {}
             answer = service.answer(selection, request, call, times, large)
             yield from wire.encode_result(answer, large)
 
@@ -172,10 +174,10 @@ class Stream:
             if said:
                 silent = time.monotonic()  # what was done with the message is no silence
 
-    def _receive(self, upload: Upload, scores: Scores | None) -> Iterator[wire.StreamResponse]:
+    def _receive(self, upload: Upload, scores: Scores | None, fetch: Fetch) -> Iterator[wire.StreamResponse]:
         """Takes the chunks, and has rows scored as they come."""
         began, total = time.monotonic(), upload.total
-        for message in self._messages():
+        for message in self._parts(fetch, upload):
             if isinstance(message, Part):
                 with self._service.desk:
                     upload.write(message)
@@ -195,6 +197,20 @@ class Stream:
             ahead = scores.ahead()
             if ahead is not None:
                 yield wire.encode_progress("QUEUED", ahead, None)
+
+    def _parts(self, fetch: Fetch, upload: Upload) -> Iterator[wire.StreamMessage | None]:
+        """The client's messages, and what is read by reference: as much of it at a time, then the rest."""
+        read, come, parts = 0, 0, fetch.parts()
+        theirs = upload.total - fetch.total
+        for message in self._messages():
+            if isinstance(message, Part) and message.path in fetch:
+                raise InvalidInput(f"{message.path} is read by reference; there is a chunk of it", field=message.path)
+            yield message
+            come += len(message.data) if isinstance(message, Part) else 0
+            while read * theirs < come * fetch.total and (part := next(parts, None)) is not None:
+                yield part
+                read += len(part.data)
+        yield from parts
 
     def _check_pace(self, received: int) -> None:
         """Raises TooSlow where the client has kept its place and its memory waiting for too long."""

@@ -89,7 +89,9 @@ class Upload:
     ) -> None:
         """reserve: sets more memory aside; may raise. check: called between blocks of values; may raise."""
         self._request, self._look = request, check
-        self._expected = {array.path: array for array in request.arrays if array.data is None}
+        unread = {array.path for array in request.unused if array.source is not None}
+        coming = (array for array in request.arrays if array.data is None and array.path not in unread)
+        self._expected = {array.path: array for array in coming}
         self._coverage = {path: Coverage() for path in self._expected}
         by_block = {array.key: array for array in self._expected.values() if in_blocks(request, array)}
         self.blocks = Blocks(by_block, request.size, reserve, widest=_widest(request))

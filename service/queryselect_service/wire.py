@@ -6,7 +6,7 @@ Requirements that the design meets:
   kernel's file declares, and written back the same way.
 - Nothing that is set is ignored: a field, an enum number or a strategy that this server does not serve is Unsupported.
 - Bytes are read once and not copied again: a protobuf `bytes` field copies on every access.
-- Tensors that did not come inline come as `buffers`, by path (callers in this process), or later (streams).
+- Tensors that did not come inline come as `buffers`, by path (callers in this process), or later (streams, references).
 - A chunk is read without a copy of its bytes, which protobuf would make two of: half the time of an upload.
 """
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from queryselect_service import spec as specs
 from queryselect_service import strategy as strategies
-from queryselect_service.checks import Array, elements, shape_text
+from queryselect_service.checks import Array, Source, elements, shape_text
 from queryselect_service.engine import Times
 from queryselect_service.errors import InvalidInput, OverLimit, Unsupported
 from queryselect_service.items import ItemAggregation, Items
@@ -78,6 +78,8 @@ DTYPES = {
 NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
 #: The pool's fields that tell of items of several rows.
 ITEM_FIELDS = ("item_rows", "item_aggregation", "item_top_k", "num_items")
+#: Ranges of rows that one reference may name: each is read by itself.
+MOST_RANGES = 1024
 #: Row numbers that one warning carries.
 WARNING_ROWS = 1000
 RECOMMENDED_CHUNK_BYTES = 1 << 20
@@ -279,6 +281,9 @@ def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers | None
     Raises InvalidInput where type, shape and bytes don't fit together.
     """
     name = _enum_name(tensor_pb2.DataType.DESCRIPTOR, message.dtype, path)
+    source = message.WhichOneof("source")
+    if source == "ref":
+        return Array(path, torch.uint8, (), None, letters, source=_decode_source(message, path))
     if name == "UNSPECIFIED":
         raise InvalidInput(f"{path} needs a dtype; it has none", field=path)
     dtype, shape = DTYPES[message.dtype], tuple(message.shape)
@@ -286,9 +291,6 @@ def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers | None
     if any(size < 0 for size in shape) or math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 1 << 63:
         text = shape_text(shape)
         raise InvalidInput(f"{path} needs sizes of at least 0 that memory can hold; its shape is {text}", field=path)
-    source = message.WhichOneof("source")
-    if source == "ref":
-        raise Unsupported("this server does not read tensors by reference", field=path)
     if source == "streamed":
         if buffers is None:
             return Array(path, dtype, shape, None, letters)
@@ -303,6 +305,29 @@ def decode_tensor(message: tensor_pb2.Tensor, path: str, buffers: Buffers | None
         text = f"{path} of shape {shape_text(shape)} and type {name}"
         raise InvalidInput(f"{text} needs {needed} bytes; it has {len(data)}", field=path)
     return Array(path, dtype, shape, elements(path, np.frombuffer(data, np.uint8), dtype, shape), letters)
+
+
+def _decode_source(message: tensor_pb2.Tensor, path: str) -> Source:
+    ref = message.ref
+    if not ref.uri:
+        raise InvalidInput(f"{path} needs a uri; its reference has none", field=f"{path}.ref.uri")
+    if len(ref.rows) > MOST_RANGES:
+        words = f"{path} needs at most {MOST_RANGES} ranges of rows; its reference has {len(ref.rows)}"
+        raise InvalidInput(words, field=f"{path}.ref.rows")
+    for at, each in enumerate(ref.rows):
+        if not 0 <= each.start < each.stop:
+            words = f"a range of rows needs 0 <= start < stop; it is {each.start} to {each.stop}"
+            raise InvalidInput(words, field=f"{path}.ref.rows[{at}]")
+    format_name = _enum_name(tensor_pb2.TensorFormat.DESCRIPTOR, ref.format, f"{path}.ref.format")
+    return Source(
+        uri=ref.uri,
+        format="" if format_name == "UNSPECIFIED" else format_name,
+        column=ref.column if ref.HasField("column") else None,
+        rows=tuple(range(each.start, each.stop) for each in ref.rows),
+        version=ref.version if ref.HasField("version") else None,
+        dtype=DTYPES[message.dtype] if message.dtype else None,
+        shape=tuple(message.shape) or None,
+    )
 
 
 def _enum_name(descriptor: EnumDescriptor, number: int, path: str) -> str:
@@ -490,9 +515,7 @@ def encode(selection: Selection | None, request: Request, large: Large | None = 
     return message
 
 
-def encode_info(
-    times: Times, total: float, device: str, dtype: torch.dtype, seed: int, version: str
-) -> selection_pb2.RunInfo:
+def encode_info(times: Times, total: float, device: str, request: Request, version: str) -> selection_pb2.RunInfo:
     """How a request ran; times in seconds."""
     return selection_pb2.RunInfo(
         queue=_duration(times.queue),
@@ -502,10 +525,15 @@ def encode_info(
         kernel=_duration(times.kernel),
         total=_duration(total),
         device=device,
-        compute_dtype=NUMBERS[dtype],
+        compute_dtype=NUMBERS[request.compute_dtype],
         peak_bytes=times.peak_bytes,
         version=version,
-        seed=seed,
+        seed=request.seed,
+        sources=[
+            selection_pb2.Source(path=each.path, uri=each.source.uri, version=each.source.version)
+            for each in request.arrays
+            if each.source is not None
+        ],
     )
 
 
@@ -603,10 +631,10 @@ def encode_progress(phase: str, done: int, total: int | None) -> StreamResponse:
     return StreamResponse(progress=selection_pb2.Progress(phase=number, done=done, total=total))
 
 
-def encode_result(answer: selection_pb2.SelectResponse, large: Large) -> Iterator[StreamResponse]:
+def encode_result(answer: selection_pb2.SelectResponse, large: Large | None) -> Iterator[StreamResponse]:
     """The result, then the bytes of the tensors that are too large for it."""
     yield StreamResponse(result=answer)
-    for path, tensor in large.items():
+    for path, tensor in (large or {}).items():
         data = tensor.contiguous().numpy().reshape(-1).view(np.uint8)
         for offset in range(0, len(data), RECOMMENDED_CHUNK_BYTES):
             piece = data[offset : offset + RECOMMENDED_CHUNK_BYTES].tobytes()

@@ -302,8 +302,6 @@ UNSERVED = [
     ("a model", request(model="encoder"), "pool.model", "yet"),
     ("raw inputs", request(inputs={"pixels": tensor(X)}), "pool.inputs", "yet"),
     ("outputs of a model", request(returns=[S.RETURN_MODEL_OUTPUTS]), "returns", "MODEL_OUTPUTS"),
-    ("by reference", request(probabilities=Tensor(dtype=1, shape=[10, 4], ref=tensor_pb2.TensorRef(uri="file:///etc"))),
-     "pool.probabilities", "by reference"),
     ("an element type of a newer client", request(probabilities=Tensor(dtype=12, shape=[1], data=b"1")),
      "pool.probabilities", "value 12 of DataType"),
     ("a task of a newer client", request(task=9), "task", "value 9 of Task"),

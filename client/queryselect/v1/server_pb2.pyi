@@ -138,6 +138,7 @@ class Limits(google.protobuf.message.Message):
     DRAIN_GRACE_FIELD_NUMBER: builtins.int
     UPLOAD_GRACE_FIELD_NUMBER: builtins.int
     MIN_UPLOAD_RATE_FIELD_NUMBER: builtins.int
+    SOURCES_FIELD_NUMBER: builtins.int
     rows: builtins.int
     """Rows of the pool."""
     dims: builtins.int
@@ -162,6 +163,8 @@ class Limits(google.protobuf.message.Message):
     """Requests waiting for a device; above it RESOURCE_EXHAUSTED."""
     min_upload_rate: builtins.int
     """Bytes per second that an upload needs on average once it takes longer than that; below it ABORTED. 0: none."""
+    sources: builtins.int
+    """Tensors of one request that are read by reference."""
     @property
     def idle_stream(self) -> google.protobuf.duration_pb2.Duration:
         """The silence after which a stream is ABORTED."""
@@ -197,9 +200,10 @@ class Limits(google.protobuf.message.Message):
         drain_grace: google.protobuf.duration_pb2.Duration | None = ...,
         upload_grace: google.protobuf.duration_pb2.Duration | None = ...,
         min_upload_rate: builtins.int | None = ...,
+        sources: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_inline_bytes", b"_inline_bytes", "_min_upload_rate", b"_min_upload_rate", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "inline_bytes", b"inline_bytes", "min_upload_rate", b"min_upload_rate", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "streams_per_peer", b"streams_per_peer", "upload_grace", b"upload_grace"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_inline_bytes", b"_inline_bytes", "_min_upload_rate", b"_min_upload_rate", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "inline_bytes", b"inline_bytes", "min_upload_rate", b"min_upload_rate", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "streams_per_peer", b"streams_per_peer", "upload_grace", b"upload_grace"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_inline_bytes", b"_inline_bytes", "_min_upload_rate", b"_min_upload_rate", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_sources", b"_sources", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "inline_bytes", b"inline_bytes", "min_upload_rate", b"min_upload_rate", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "sources", b"sources", "streams_per_peer", b"streams_per_peer", "upload_grace", b"upload_grace"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_inline_bytes", b"_inline_bytes", "_min_upload_rate", b"_min_upload_rate", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_sources", b"_sources", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "inline_bytes", b"inline_bytes", "min_upload_rate", b"min_upload_rate", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "sources", b"sources", "streams_per_peer", b"streams_per_peer", "upload_grace", b"upload_grace"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_budget", b"_budget"]) -> typing.Literal["budget"] | None: ...
     @typing.overload
@@ -222,6 +226,8 @@ class Limits(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_references", b"_references"]) -> typing.Literal["references"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_rows", b"_rows"]) -> typing.Literal["rows"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_sources", b"_sources"]) -> typing.Literal["sources"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_streams_per_peer", b"_streams_per_peer"]) -> typing.Literal["streams_per_peer"] | None: ...
 

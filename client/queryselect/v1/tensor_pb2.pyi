@@ -115,12 +115,14 @@ class Tensor(google.protobuf.message.Message):
     REF_FIELD_NUMBER: builtins.int
     STREAMED_FIELD_NUMBER: builtins.int
     dtype: global___DataType.ValueType
-    """The type of every element."""
+    """The type of every element. With ref it may be unset: then it is what the object says."""
     data: builtins.bytes
     """The elements themselves: raw, little-endian, row-major, product(shape) x element size bytes."""
     @property
     def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The length of each dimension, slowest first. A scalar has none."""
+        """The length of each dimension, slowest first. A scalar has none. With ref none may be said: then they are the
+        object's; those said must have its rows, and as many entries per row.
+        """
 
     @property
     def ref(self) -> global___TensorRef:
