@@ -1,33 +1,61 @@
 # Two commands do all the set-up on a fresh machine: make demo, make test. Both need Python 3.11 or newer and a package
 # index. make check also needs Node.
 PYTHON ?= python3
-BIN := .venv/bin
-# By environment, so that the build of our own wheel is held to the constraints too.
-PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e
+VENV := .venv
+BIN := $(VENV)/bin
+# constraints.txt has the hash of whatever is installed, by the environment for builds too; what is not in it fails. There
+# is no single file to hash of ourselves: we come first, without dependencies, and then pip finds us installed.
+INSTALL := PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check
+LOCKED := $(INSTALL) --require-hashes -c constraints.txt
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: help demo test check lint types format proto release-proto slow nightly bench bench-service clean
+.PHONY: help demo test check lint types format proto release-proto slow nightly audit licences sbom bench bench-service clean
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
-# The version check gives a sentence instead of a traceback of pip's.
-.venv/.python:
+# The version check gives a sentence instead of a traceback of pip's. Only since 26.1 does pip take the hashes of
+# constraints for what is named without a version.
+$(VENV)/.python: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "QuerySelect needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
+	sed -n '/^pip==/,/[^\\]$$/p' constraints.txt > $(VENV)/pip.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r $(VENV)/pip.txt
 	@touch $@
 
-.venv/.demo: .venv/.python pyproject.toml constraints.txt
-	$(PIP) '.[service,simulate]'
+$(VENV)/.own: $(VENV)/.python pyproject.toml
+	$(INSTALL) -q --no-deps -e .
 	@touch $@
 
-.venv/.dev: .venv/.python pyproject.toml constraints.txt
-	$(PIP) '.[dev]'
-	@touch $@ .venv/.demo
+# The build of torch without CUDA where pip is set up to find it: of files whose hash is allowed, pip prefers those that
+# an index tells the hash of.
+$(VENV)/.torch: $(VENV)/.own
+	cpu=$$(sed -n 's/^torch==\([0-9.]*\).*/torch==\1+cpu/p' constraints.txt); \
+	if $(INSTALL) -qq --dry-run --no-deps $$cpu 2> /dev/null; then $(LOCKED) -q $$cpu; fi
+	@touch $@
 
-.venv/.bench: .venv/.python pyproject.toml constraints.txt
-	$(PIP) '.[bench]'
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check --no-deps baal batchbald-redux
+$(VENV)/.demo: $(VENV)/.torch
+	$(LOCKED) 'queryselect[service,simulate]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch
+	$(LOCKED) 'queryselect[dev]'
+	@touch $@ $(VENV)/.demo
+
+# What the service's image installs: make VENV=.venv-image .venv-image/.image
+$(VENV)/.image: $(VENV)/.torch
+	$(LOCKED) -q 'queryselect[references,service,tracing]'
+	@touch $@
+
+# Locking, auditing and the bill of materials: tools in an environment of their own.
+.venv-supply/.done: .venv/.python
+	$(PYTHON) -m venv --without-pip .venv-supply
+	PIP_PYTHON=.venv-supply $(LOCKED) -q --group supply
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.torch
+	$(LOCKED) 'queryselect[bench]'
+	$(LOCKED) --no-deps --group peers
 	@touch $@
 
 demo: .venv/.demo ## A real active-learning loop on real images, and demo/report.html
@@ -61,8 +89,24 @@ release-proto: ## Keeps the proto image of this release, for the breaking check
 slow: .venv/.dev ## What needs other tools or time
 	$(BIN)/python -m pytest -m slow
 
-nightly: .venv/.dev ## What is longer still
+nightly: .venv/.dev ## What is longer still, and what needs others' services: licences, tests, known vulnerabilities
+	$(BIN)/python -m scripts.licences --check
 	$(BIN)/python -m pytest -m nightly
+	$(MAKE) audit
+
+audit: .venv-supply/.done ## Known vulnerabilities of what is pinned; fails where no advisory service can be reached
+	.venv-supply/bin/python scripts/audit.py
+
+licences: .venv/.dev ## Writes docs/licences.md
+	$(BIN)/python -m scripts.licences
+
+sbom: .venv-supply/.done ## dist/sbom.cdx.json: what the service's image installs, in CycloneDX
+	$(MAKE) VENV=.venv-image .venv-image/.image
+	mkdir -p dist
+	sed "s/^dynamic = .*/version = \"$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' client/queryselect/_version.py)\"/" \
+	  pyproject.toml > .venv-image/pyproject.toml
+	.venv-supply/bin/cyclonedx-py environment --pyproject .venv-image/pyproject.toml --sv 1.6 --output-reproducible \
+	  --validate -o dist/sbom.cdx.json .venv-image
 
 bench: .venv/.bench ## Every strategy against its peers and the machine's limits (ARGS="--scaling margin": how it grows)
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -71,4 +115,4 @@ bench-service: .venv/.dev ## What the service can take: transport, load, cancell
 	$(BIN)/python -m benchmarks.service $(ARGS)
 
 clean: ## Removes what make made
-	rm -rf .venv .venv-proto demo/report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-image .venv-proto .venv-supply demo/report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis

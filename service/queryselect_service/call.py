@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from queryselect_service.errors import Busy, Cancelled, DeadlineExceeded, OverLimit
+from queryselect_service.times import Times
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Call:
     serves several teams gives each its own. Elsewhere it is a connection. caller: what its token allows.
     admitted: whether it has its place and its memory. reserved: the bytes that were set aside then. begun: whether the
     device has worked for it. stirred: set when anything happened that whoever waits for this call should look at.
+    strategy, sizes: what it asks for, by a name that this server knows and by letter, as far as that has been read.
+    uploaded: the bytes of its messages so far. times: where its time goes.
     """
 
     request_id: str
@@ -59,6 +62,10 @@ class Call:
     admitted: bool = False
     begun: bool = False
     refused: tuple[str, float] | None = None  # why, and the seconds after which to come back
+    strategy: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    uploaded: int = 0
+    times: Times = field(default_factory=Times)
     gone: threading.Event = field(default_factory=threading.Event)
     stirred: threading.Event = field(default_factory=threading.Event)
 
@@ -70,7 +77,7 @@ class Call:
             raise Cancelled("the caller has gone")
         if self.refused is not None:
             words, retry_after = self.refused
-            raise Busy(words, retry_after=retry_after)
+            raise Busy(words, retry_after=retry_after, limit="share")
 
     def leave(self) -> None:
         """The caller has gone."""

@@ -20,7 +20,6 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -44,21 +43,6 @@ DEVICE_PART = 0.9
 STAGE_BYTES = 32 << 20
 
 
-@dataclass
-class Times:
-    """When a request came (time.monotonic), the seconds that it spent in each phase, and the most bytes that it held on
-    the device, where that can be told.
-    """
-
-    started: float = field(default_factory=time.monotonic)
-    queue: float = 0.0
-    receive: float = 0.0
-    decode: float = 0.0
-    transfer: float = 0.0
-    kernel: float = 0.0
-    peak_bytes: int | None = None
-
-
 class Engine:
     """Runs selections on one device, one at a time."""
 
@@ -70,6 +54,8 @@ class Engine:
         self.device = torch.device(name)
         #: Set when a selection or a probe found the device lost, until a probe finds it at work again.
         self.lost = threading.Event()
+        #: When a probe found the device at work last (time.monotonic), and the bytes of its memory then, by kind.
+        self.seen: tuple[float, dict[str, int]] = (-math.inf, {})
         self.queue = Queue(settings.queue_ageing)
         where = "cpu" if self.device.type == "cpu" else "the host"
         clear_in = self.queue.clear_in
@@ -79,7 +65,8 @@ class Engine:
             self.probe()  # a device that is not there is told of as such
             _, total = self.memory()
             capacity = int(DEVICE_PART * total)
-            self.own_memory = Room(str(self.device), self.host.places, capacity, clear_in=clear_in)
+            limits = ("queue", "device_memory")
+            self.own_memory = Room(str(self.device), self.host.places, capacity, clear_in=clear_in, limits=limits)
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         weakref.finalize(self, self.queue.close)
@@ -88,9 +75,15 @@ class Engine:
         """One tiny operation on the device. Raises RuntimeError where it does not work."""
         try:
             torch.zeros(2, device=self.device).sum().item()
+            free, total = self.memory()
+            memory = {"total": total, "free": free}
+            if self.device.type == "cuda":
+                memory["allocated"] = torch.cuda.memory_allocated(self.device)
+                memory["reserved"] = torch.cuda.memory_reserved(self.device)
         except Exception as error:  # torch asserts where it was built without CUDA
             self.lost.set()
             raise RuntimeError(f"device {self.device} does not work: {error}") from error
+        self.seen = (time.monotonic(), memory)
         self.lost.clear()
 
     @property
@@ -106,7 +99,7 @@ class Engine:
         return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
 
     @contextmanager
-    def admit(self, request: Request, call: Call, times: Times, *, held: int, resident: bool = True) -> Iterator[Place]:
+    def admit(self, request: Request, call: Call, *, held: int, resident: bool = True) -> Iterator[Place]:
         """A place for the request, with memory set aside, for as long as the context lasts.
 
         held: bytes of the request's tensors that this process keeps for it. resident: whether the kernel has its inputs
@@ -119,9 +112,10 @@ class Engine:
                 self.probe()
             except RuntimeError as error:
                 raise DeviceLost(str(error)) from None
-        place = Place(self, request, call, times, held=held, resident=resident)
+        place = Place(self, request, call, held=held, resident=resident)
         try:
-            place.enter()
+            with call.times.phase("queue"):  # others may have to make room
+                place.enter()
             yield place
         finally:
             place.leave()
@@ -173,10 +167,8 @@ def _serve(queue: Queue) -> None:
 class Place:
     """An admitted request: its memory, and its turns on the device."""
 
-    def __init__(
-        self, engine: Engine, request: Request, call: Call, times: Times, *, held: int, resident: bool
-    ) -> None:
-        self._engine, self._request, self.call, self.times = engine, request, call, times
+    def __init__(self, engine: Engine, request: Request, call: Call, *, held: int, resident: bool) -> None:
+        self._engine, self._request, self.call, self.times = engine, request, call, call.times
         self._held, self._resident = held, resident
         self._host, self._own = self._needs()
         self._rooms: list[tuple[Room, int]] = []  # entered, and the bytes set aside there
@@ -240,7 +232,7 @@ class Place:
 
     def leave(self) -> None:
         """Gives everything back, once nothing runs any more."""
-        if self._job is not None and not self._engine.queue.withdraw(self._job):
+        if self._job is not None and not self._withdraw(self._job):
             self.call.leave()
             self._job.outcome.exception()  # waits
             self._job.forget()
@@ -266,21 +258,19 @@ class Place:
             work = self._request.strategy.work(self._request.sizes)
 
         def select() -> Selection:
-            started, times = time.monotonic(), self.times
-            ready = problem().moved(self.move)
-            times.transfer += time.monotonic() - started
-            started = time.monotonic()
-            selection = ready.solve(Whole(ready.size, self.call.check, self.call.report))
-            times.kernel += time.monotonic() - started
-            return selection
+            with self.times.phase("transfer"):
+                ready = problem().moved(self.move)
+            with self.times.phase("kernel"):
+                return ready.solve(Whole(ready.size, self.call.check, self.call.report))
 
         return self.start(select, work)
 
     def start(self, work: Callable[[], Result], size: float) -> Job[Result]:
         """Puts work in the line, one job at a time. size: multiply-adds."""
-        self._job = job = Job(lambda: self._guarded(work, job.since), size, self.call.peer)
+        self._job = job = Job(lambda: self._guarded(work), size, self.call.peer)
         stirred = self.call.stirred  # and not self: an outcome must hold on to nothing
         job.outcome.add_done_callback(lambda _: stirred.set())
+        self.times.begin("queue")
         self._engine.put(job)
         return job
 
@@ -299,10 +289,11 @@ class Place:
             if job.outcome.done():
                 return True
             now = time.monotonic()
-            if (now > last or self._unwanted()) and queue.withdraw(job):
+            if (now > last or self._unwanted()) and self._withdraw(job):
                 self._job = None
                 self.call.check()
-                raise Busy(f"{self._engine.device} was not free within {patience:g} s", retry_after=queue.clear_in())
+                words = f"{self._engine.device} was not free within {patience:g} s"
+                raise Busy(words, retry_after=queue.clear_in(), limit="queue_wait")
             if now >= until:
                 return False
 
@@ -313,11 +304,19 @@ class Place:
 
     def move(self, x: Tensor) -> Tensor:
         """`x` on the device; stops where the caller has gone."""
-        return self._engine.move(x, self.call.check)
+        with self.times.phase("transfer"):
+            return self._engine.move(x, self.call.check)
 
     def ahead(self, job: Job[Any]) -> int:
         """How many jobs stand between this one and the device."""
         return self._engine.queue.ahead(job)
+
+    def _withdraw(self, job: Job[Any]) -> bool:
+        """Takes a job out of the line. False: it has begun."""
+        waiting = self._engine.queue.withdraw(job)
+        if waiting:
+            self.times.end("queue")
+        return waiting
 
     def _unwanted(self) -> bool:
         try:
@@ -326,9 +325,9 @@ class Place:
             return True
         return False
 
-    def _guarded(self, work: Callable[[], Result], since: float) -> Result:
+    def _guarded(self, work: Callable[[], Result]) -> Result:
         """The work, in the device's thread."""
-        self.times.queue += time.monotonic() - since
+        self.times.end("queue")
         self.call.begun = True
         cuda = self._engine.device.type == "cuda"
         try:

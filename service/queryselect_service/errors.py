@@ -32,15 +32,24 @@ import torch
 
 
 class ServiceError(Exception):
-    """A failure with a name. `field` is the path of what is wrong in the request, such as `pool.embeddings`."""
+    """A failure with a name. `field` is the path of what is wrong in the request, such as `pool.embeddings`.
+
+    limit: what was full or too much, one of few words of ours.
+    """
 
     code: ClassVar[str]
     reason: ClassVar[str]
+    limit: str = ""
     retry_after: float | None = None
 
     def __init__(self, message: str, *, field: str = "", metadata: dict[str, str] | None = None) -> None:
         super().__init__(message)
         self.message, self.field, self.metadata = message, field, metadata or {}
+
+    @property
+    def cause(self) -> str:
+        """What it is counted under: nothing of it is the caller's."""
+        return f"{self.reason}:{self.limit}" if self.limit else self.reason
 
 
 class InvalidInput(ServiceError):
@@ -70,6 +79,7 @@ class OverLimit(ServiceError):
             field=field,
             metadata={"limit": str(limit), "size": str(size), "setting": name},
         )
+        self.limit = name
 
 
 class DoesNotFit(ServiceError):
@@ -109,14 +119,18 @@ class Unauthenticated(ServiceError):
     code, reason = "UNAUTHENTICATED", "UNAUTHENTICATED"
 
 
+#: What Busy can be for want of: `limit` is one of these. A share is what another client is given in one's place.
+BUSY = ("queue", "queue_wait", "host_memory", "device_memory", "rpcs", "streams", "selections", "share")
+
+
 class Busy(ServiceError):
     """There is no room now: try again after `retry_after` seconds."""
 
     code, reason = "RESOURCE_EXHAUSTED", "BUSY"
 
-    def __init__(self, message: str, *, retry_after: float) -> None:
+    def __init__(self, message: str, *, retry_after: float, limit: str = "") -> None:
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after, self.limit = retry_after, limit
 
 
 class OutOfMemory(Busy):

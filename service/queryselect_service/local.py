@@ -42,7 +42,7 @@ class Local:
             check_request_id(message.request_id)
             return self._service.select(message, call, buffers)
         except Exception as error:
-            raise StatusError(status.from_exception(error)) from error
+            raise StatusError(status.from_exception(error, call.request_id)) from error
 
     def call(self, request_id: str, timeout: float | None, report: Callable[[int, int], None]) -> Call:
         """A caller who wants the answer within `timeout` seconds; its `leave` cancels. report: told how far."""

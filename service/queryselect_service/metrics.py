@@ -1,48 +1,153 @@
-"""Every Prometheus instrument, in one list."""
+"""Every Prometheus instrument, in one list.
+
+Labels have few values, all of them this server's own words: strategies that it has, reasons that it gives, phases that
+it knows. docs/operations.md tells who uses which.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from queryselect_service.call import Call
+from queryselect_service.engine import Engine
+from queryselect_service.errors import BUSY
 
 #: Seconds. Selections take from a millisecond to minutes.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+ROWS = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 50_000_000)
+DIMS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16_384, 65_536)
+#: The codes of RPCs whose callers did not wait for the answer.
+LEFT = ("CANCELLED", "DEADLINE_EXCEEDED")
+#: Reasons that alerts ask for.
+REASONS = ("BUG", "DEVICE_LOST", "IDLE", "OUT_OF_MEMORY", "SLOW", *(f"BUSY:{limit}" for limit in BUSY))
+#: Seconds after which what was last seen of the device's memory is old: nobody can look at it now.
+STALE = 5.0
 
 
 class Metrics:
     """The instruments of one server, in a registry of its own."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "queryselect_requests_total",
-            "RPCs answered, by method, query strategy (empty where none was recognised) and gRPC code",
-            ("rpc", "strategy", "code"),
-            registry=self.registry,
-        )
-        self.duration = Histogram(
-            "queryselect_request_duration_seconds",
-            "Time from an RPC's arrival to its answer, by method and query strategy",
-            ("rpc", "strategy"),
-            buckets=BUCKETS,
-            registry=self.registry,
-        )
-        self.in_flight = Gauge("queryselect_in_flight", "Selections admitted and not ended", registry=self.registry)
-        self.queue_depth = Gauge(
-            "queryselect_queue_depth", "Jobs that are ready and wait for the device", registry=self.registry
-        )
-        build = Gauge(
-            "queryselect_build_info",
-            "Always 1; the labels tell the versions",
-            ("version", "torch"),
-            registry=self.registry,
-        )
-        build.labels(version("queryselect"), torch.__version__).set(1)
+    def __init__(self, engine: Engine) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # as many series again, of which nobody has made use
+        self.registry = registry = CollectorRegistry()
 
-    def serve(self, host: str, port: int) -> tuple[WSGIServer, Thread]:
-        """Starts the /metrics endpoint; port 0 takes a free one (`server_port` of the result)."""
-        return start_http_server(port, host, self.registry)
+        def counter(name: str, doc: str, *labels: str) -> Counter:
+            return Counter(f"queryselect_{name}", doc, labels, registry=registry)
+
+        def gauge(name: str, doc: str, *labels: str) -> Gauge:
+            return Gauge(f"queryselect_{name}", doc, labels, registry=registry)
+
+        def histogram(name: str, doc: str, *labels: str, buckets: tuple[float, ...] = BUCKETS) -> Histogram:
+            return Histogram(f"queryselect_{name}", doc, labels, buckets=buckets, registry=registry)
+
+        self.requests = counter(
+            "requests_total",
+            "RPCs answered, by method, query strategy (empty where none was recognised) and gRPC code",
+            "rpc",
+            "strategy",
+            "code",
+        )
+        self.rejected = counter(
+            "rejected_total",
+            "RPCs refused or failed, by the reason that the caller is told and the limit that was met, if any",
+            "reason",
+        )
+        for reason in REASONS:  # there from the start: what begins at 1 has not grown
+            self.rejected.labels(reason)
+        self.cancelled = counter(
+            "cancelled_total",
+            "Selections whose caller left or whose deadline passed, by the phase that they were in",
+            "phase",
+        )
+        self.out_of_memory = counter("oom_total", "Requests that ran out of memory in spite of the estimate")
+        self.uploaded = counter("upload_bytes_total", "Bytes of requests for selections, as they come")
+        self.duration = histogram(
+            "request_duration_seconds",
+            "Time from an RPC's arrival to its answer, by method and query strategy",
+            "rpc",
+            "strategy",
+        )
+        self.queued = histogram(
+            "queue_duration_seconds", "Time that an admitted selection waited for the device", "strategy"
+        )
+        self.received = histogram(
+            "receive_duration_seconds", "Time that an admitted selection waited for its bytes", "strategy"
+        )
+        self.kernel = histogram("kernel_duration_seconds", "Time that a selection had the device", "strategy")
+        self.rows = histogram("pool_rows", "Rows of the pools of requests that passed all checks", buckets=ROWS)
+        self.dims = histogram("pool_dim", "Dimensions of the embeddings among them", buckets=DIMS)
+        gauge("in_flight", "Selections admitted and not ended").set_function(lambda: engine.host.taken)
+        gauge("queue_depth", "Jobs that are ready and wait for the device").set_function(lambda: len(engine.queue))
+        admitted = gauge("admitted_bytes", "Memory set aside for selections, by where it is: host or device", "kind")
+        admitted.labels("host").set_function(lambda: engine.host.reserved)
+        own = engine.own_memory
+        if own is not None:
+            admitted.labels("device").set_function(lambda: own.reserved)
+        self.ready = gauge("ready", "1 where readiness is SERVING, else 0")
+        build = gauge("build_info", "Always 1; the labels tell the versions", "version", "torch")
+        build.labels(version("queryselect"), torch.__version__).set(1)
+        registry.register(DeviceMemory(engine))
+        ProcessCollector(registry=registry)
+        # Finding an instrument by its labels takes a lock and longer than counting.
+        self._requests = cache(self.requests.labels)
+        self._rejected, self._cancelled = cache(self.rejected.labels), cache(self.cancelled.labels)
+        self._duration = cache(self.duration.labels)
+        self._queued, self._received, self._kernel = map(
+            cache, (self.queued.labels, self.received.labels, self.kernel.labels)
+        )
+
+    def ended(self, rpc: str, call: Call, code: str, reason: str | None) -> None:
+        """Counts an RPC. reason: why it failed."""
+        strategy, times, sizes = call.strategy, call.times, call.sizes
+        self._requests(rpc, strategy, code).inc()
+        self._duration(rpc, strategy).observe(times.total)
+        if code in LEFT:
+            self._cancelled(times.last).inc()
+        elif reason is not None:
+            self._rejected(reason).inc()
+            if reason == "OUT_OF_MEMORY":
+                self.out_of_memory.inc()
+        if call.admitted:
+            self._queued(strategy).observe(times.seconds("queue"))
+            self._received(strategy).observe(times.seconds("receive"))
+        if "kernel" in times.spans:
+            self._kernel(strategy).observe(times.seconds("kernel"))
+        if "N" in sizes:
+            self.rows.observe(sizes["N"])
+        if "D" in sizes:
+            self.dims.observe(sizes["D"])
+
+
+class DeviceMemory(Collector):
+    """What health saw of the device's memory last: a scrape never waits for a device that hangs."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Nothing where nobody could look at it for a while."""
+        family = GaugeMetricFamily(
+            "queryselect_device_memory_bytes",
+            "The device's memory: total, free, and, of a GPU, what torch has in use (allocated) and holds (reserved)",
+            labels=("kind",),
+        )
+        seen_at, seen = self._engine.seen
+        if time.monotonic() - seen_at < STALE:
+            for kind, value in seen.items():
+                family.add_metric((kind,), value)
+        yield family

@@ -211,10 +211,14 @@ class Room:
         capacity: int,
         movable: Callable[[Call], bool] = lambda call: not call.begun,
         clear_in: Callable[[], float] = lambda: RETRY_AFTER,
+        limits: tuple[str, str] = ("queue", "host_memory"),
     ) -> None:
-        """where: its name in messages. movable: whether a call may be made to leave. clear_in: when to come back."""
+        """where: its name in messages. movable: whether a call may be made to leave. clear_in: when to come back.
+
+        limits: what refusals for want of places and of bytes are counted under.
+        """
         self.where, self.places, self.capacity = where, places, capacity
-        self._movable, self._clear_in = movable, clear_in
+        self._movable, self._clear_in, self._limits = movable, clear_in, limits
         self._held: dict[Call, int] = {}  # in the order in which they came
         self._leaving: set[Call] = set()  # of these, those who make room for others
         self._changed = threading.Condition()
@@ -271,7 +275,7 @@ class Room:
             while leaving & self._held.keys():
                 call.check()
                 if time.monotonic() > until:
-                    raise Busy(f"{self.where} is full", retry_after=self._clear_in())
+                    raise Busy(f"{self.where} is full", retry_after=self._clear_in(), limit=self._limits[0])
                 self._changed.wait(0.05)
 
     def _makers_of_room(self, call: Call, nbytes: int) -> set[Call]:
@@ -284,7 +288,7 @@ class Room:
         while True:
             if len(stay) >= self.places:
                 words = f"{self.taken} requests are waiting for {self.where} already"
-                refusal = Busy(words, retry_after=self._clear_in())
+                refusal = Busy(words, retry_after=self._clear_in(), limit=self._limits[0])
                 shares, mine = Counter(each.peer for each in stay), 1
             elif sum(stay.values()) + nbytes > self.capacity:
                 refusal, shares, mine = self._no_bytes(nbytes), Counter(), nbytes
@@ -304,4 +308,5 @@ class Room:
             f"{nbytes} bytes are needed and {self.capacity - self.reserved} of {self.capacity} are free on "
             f"{self.where} now",
             retry_after=max(RETRY_AFTER, self._clear_in()),
+            limit=self._limits[1],
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 
 import torch
@@ -65,7 +64,6 @@ class Scores:
             self.values = torch.empty(request.size, dtype=torch.float64, device=self._device)
         here = request.tensors()
         rowwise = per_row(request.strategy, here)
-        started = time.monotonic()
         values = self.values
 
         def work(block: Block) -> None:
@@ -76,6 +74,6 @@ class Scores:
                 request.strategy, inputs, request.spec, request.task, request.kinds, call.check
             )
 
-        deque(each_block(request.strategy, work, blocks, self._device), maxlen=0)
-        self._place.times.kernel += time.monotonic() - started
+        with self._place.times.phase("kernel"):
+            deque(each_block(request.strategy, work, blocks, self._device), maxlen=0)
         return blocks

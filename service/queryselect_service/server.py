@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, cast
-from wsgiref.simple_server import WSGIServer
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from queryselect_service import allocator, status, tls
+from queryselect_service import allocator, logs, status, tls
+from queryselect_service.endpoint import Endpoint
 from queryselect_service.engine import Engine
 from queryselect_service.errors import Unauthenticated
 from queryselect_service.metrics import Metrics
@@ -28,6 +28,9 @@ from queryselect_service.service import Service
 from queryselect_service.servicer import PROMPT, Frontend, add_methods, add_services
 from queryselect_service.settings import Settings
 from queryselect_service.threads import end_with_threads, started
+
+if TYPE_CHECKING:
+    from queryselect_service.tracing import Tracing
 
 #: Threads for health, descriptions and reflection. Selections have their own.
 THREADS = 16
@@ -68,7 +71,7 @@ class Server:
     port: int
     metrics_port: int
     health_port: int
-    _metrics: WSGIServer | None
+    _metrics: Endpoint | None
 
     def drain(self, grace: float) -> None:
         """Says NOT_SERVING, refuses new requests, lets running ones finish within `grace` seconds, and stops.
@@ -83,8 +86,9 @@ class Server:
         self.health.close()
         self.frontend.close()
         if self._metrics is not None:
-            self._metrics.shutdown()
-            self._metrics.server_close()
+            self._metrics.close()
+        if self.frontend.tracing is not None:
+            self.frontend.tracing.close()
 
 
 class BoundedReflection(reflection.ReflectionServicer):
@@ -173,6 +177,7 @@ class DeviceHealth(health.HealthServicer):
         self._engine, self._services = engine, services
         self._told, self._closed = time.monotonic(), threading.Event()
         self._ready: bool | None = None
+        self._draining = False
         self._say(ready=True)
         threading.Thread(target=self._watch, name="health", daemon=True).start()
 
@@ -180,10 +185,25 @@ class DeviceHealth(health.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
     ) -> health_pb2.HealthCheckResponse:
         """Answers a check."""
-        if request.service in self._services and time.monotonic() - self._told > PROBE_EVERY + PROBE_WAIT:
+        if request.service in self._services and self._silent:
             self._say(ready=False, why=f"{self._engine.device} does not answer")
         answer: health_pb2.HealthCheckResponse = super().Check(request, context)
         return answer
+
+    @property
+    def ready(self) -> bool:
+        """Whether readiness is SERVING."""
+        return bool(self._ready) and not self._silent and not self._draining
+
+    @property
+    def _silent(self) -> bool:
+        """Whether the device has not answered for too long."""
+        return time.monotonic() - self._told > PROBE_EVERY + PROBE_WAIT
+
+    def enter_graceful_shutdown(self) -> None:
+        """Says NOT_SERVING from now on."""
+        self._draining = True
+        super().enter_graceful_shutdown()
 
     def close(self) -> None:
         """Probes no more."""
@@ -222,7 +242,7 @@ def start(settings: Settings) -> Server:
     """
     logging.getLogger("grpc._cython.cygrpc").addFilter(_says_no_header)
     secured = tls.credentials(settings) if settings.tls_cert else None
-    service, metrics = Service(settings), Metrics()
+    service, tracing = Service(settings), _tracing(settings)
     service.engine.probe()
     server = grpc.server(
         started(THREADS, "rpc"),
@@ -238,9 +258,11 @@ def start(settings: Settings) -> Server:
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ],
     )
-    frontend = Frontend(service, metrics)
+    metrics = Metrics(service.engine)
+    frontend = Frontend(service, metrics, tracing)
     names = add_services(frontend, server)
     checks = DeviceHealth(service.engine, names)
+    metrics.ready.set_function(lambda: checks.ready)
     _add_health(server, checks, frontend.patience)
     if settings.reflection:
         described = BoundedReflection(
@@ -262,7 +284,7 @@ def start(settings: Settings) -> Server:
     endpoint, metrics_port = None, -1
     if settings.metrics_port >= 0:
         try:
-            endpoint, _ = metrics.serve(settings.host, settings.metrics_port)
+            endpoint = Endpoint(settings.host, settings.metrics_port, metrics.registry)
         except OSError as error:
             raise OSError(f"metrics port {settings.metrics_port}: {error}") from error
         metrics_port = endpoint.server_port
@@ -282,15 +304,22 @@ def _add_health(server: grpc.Server, checks: DeviceHealth, patience: Patience) -
     health_pb2_grpc.add_HealthServicer_to_server(checks, cast("Any", Lenient(server, unreadable, patience)))
 
 
+def _tracing(settings: Settings) -> Tracing | None:
+    """Raises RuntimeError where what traces need is not installed."""
+    if not settings.otlp_endpoint:
+        return None
+    try:
+        from queryselect_service.tracing import Tracing  # noqa: PLC0415  # nobody else needs what it imports
+    except ImportError as error:
+        raise RuntimeError(f'otlp_endpoint needs {error.name}: pip install "queryselect[tracing]"') from error
+    return Tracing.to(settings.otlp_endpoint)
+
+
 def run(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
-    level = settings.log_level.upper()
-    if level not in logging.getLevelNamesMapping():
-        known = ", ".join(logging.getLevelNamesMapping())
-        raise ValueError(f"log_level must be one of {known}; it is {settings.log_level!r}")
+    logs.begin(settings.log_level, settings.log_format)
     allocator.prepare()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    log.info("settings\n%s", settings)
+    log.info("settings", extra=logs.fields(settings=settings.told()))
     end_with_threads()
     stop = threading.Event()
 
@@ -310,6 +339,6 @@ def run(settings: Settings) -> None:
     )
     stop.wait()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait for the grace
-    log.info("draining, at most %g s", settings.drain_grace)
+    log.info("draining", extra=logs.fields(seconds=settings.drain_grace))
     server.drain(settings.drain_grace)
     log.info("stopped")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -14,7 +13,7 @@ from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import strategy as strategies
 from queryselect_service import wire
 from queryselect_service.call import Call
-from queryselect_service.engine import Engine, Times
+from queryselect_service.engine import Engine
 from queryselect_service.errors import OverLimit
 from queryselect_service.request import Request
 from queryselect_service.settings import Settings
@@ -51,40 +50,33 @@ class Service:
 
         Raises ServiceError.
         """
-        times = Times()
-        request, fetch = self.read(message, call, times, buffers or {})
-        return self.run(request, fetch, call, times, held=0 if buffers else request.nbytes)
+        request, fetch = self.read(message, call, buffers or {})
+        return self.run(request, fetch, call, held=0 if buffers else request.nbytes)
 
     def read(
-        self, message: selection_pb2.SelectRequest, call: Call, times: Times, buffers: wire.Buffers | None
+        self, message: selection_pb2.SelectRequest, call: Call, buffers: wire.Buffers | None
     ) -> tuple[Request, Fetch]:
         """What a message asks for, checked, and what is to be read for it by reference. Raises ServiceError.
 
         buffers: see wire.decode. The request's tensors are not the message's memory, which may go.
         """
-        with self.desk:
-            started = time.monotonic()
+        with call.times.phase("decode"), self.desk:
             request = wire.decode(message, buffers, self.settings)
+            call.strategy = request.strategy.name
             by_reference = request.by_reference
             if not by_reference:
                 request.check(self.settings, call.check)
-            times.decode = time.monotonic() - started
-        fetch = self.sources.open(request, call)
+        with call.times.phase("receive"):
+            fetch = self.sources.open(request, call)
         if by_reference:  # now types and shapes are known
-            with self.desk:
+            with call.times.phase("decode"), self.desk:
                 request.check(self.settings, call.check)
+        call.sizes = {**request.letters, "k": request.max_items or 0}
         call.caller.check_rows(request.size)
         return request, fetch
 
     def run(
-        self,
-        request: Request,
-        fetch: Fetch,
-        call: Call,
-        times: Times,
-        *,
-        held: int,
-        largest_answer: int | None = None,
+        self, request: Request, fetch: Fetch, call: Call, *, held: int, largest_answer: int | None = None
     ) -> selection_pb2.SelectResponse:
         """Selects. held: bytes of the request's tensors that this process keeps for it. Raises ServiceError.
 
@@ -94,31 +86,26 @@ class Service:
         if largest_answer is not None and size > largest_answer:
             raise OverLimit("bytes of the answer", size, largest_answer, name="max_inline_bytes", field="returns")
         if fetch:  # as a stream whose client sends nothing
-            with closing(Stream(self, iter(()), call, times)) as stream:
+            with closing(Stream(self, iter(()), call)) as stream:
                 *_, last = stream.answers(request, fetch, None)
             return last.result
         if not request.validate_only:
-            with self.engine.admit(request, call, times, held=held) as place:
+            with self.engine.admit(request, call, held=held) as place:
                 selection = place.run(lambda: request.problem(call.check))
-        return self.answer(selection, request, call, times)
+        return self.answer(selection, request, call)
 
     def select_stream(self, messages: Iterator[wire.StreamMessage], call: Call) -> Stream:
         """A stream of messages to be answered."""
-        return Stream(self, messages, call, Times())
+        return Stream(self, messages, call)
 
     def answer(
-        self,
-        selection: Selection | None,
-        request: Request,
-        call: Call,
-        times: Times,
-        large: wire.Large | None = None,
+        self, selection: Selection | None, request: Request, call: Call, large: wire.Large | None = None
     ) -> selection_pb2.SelectResponse:
         """The answer. large: see wire.encode."""
-        answer = wire.encode(selection, request, large)
+        with call.times.phase("encode"):
+            answer = wire.encode(selection, request, large)
         answer.request_id = call.request_id
-        total = time.monotonic() - times.started
-        answer.info.CopyFrom(wire.encode_info(times, total, str(self.engine.device), request, VERSION))
+        answer.info.CopyFrom(wire.encode_info(call.times, str(self.engine.device), request, VERSION))
         return answer
 
     def list_strategies(self) -> strategy_pb2.ListStrategiesResponse:

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -31,53 +29,52 @@ from queryselect_service import allocator, status, wire
 from queryselect_service.auth import Tokens
 from queryselect_service.call import ANYONE, Call, Caller
 from queryselect_service.checks import check_request_id
-from queryselect_service.engine import Times
 from queryselect_service.errors import Busy, Cancelled, InvalidInput, Unavailable
-from queryselect_service.metrics import Metrics
+from queryselect_service.logs import fields
+from queryselect_service.metrics import LEFT, Metrics
 from queryselect_service.patience import Patience
 from queryselect_service.queue import RETRY_AFTER, Room
 from queryselect_service.service import STREAMS_BEYOND, Service
 from queryselect_service.sources.fetch import THREADS
 from queryselect_service.threads import started
 
+if TYPE_CHECKING:
+    from queryselect_service.tracing import Tracing
+
+#: Every method's name with its service's before it.
+METHODS = {
+    method.name: f"{service.full_name}/{method.name}"
+    for file in (selection_pb2, strategy_pb2, server_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
 #: Threads beyond those, for callers who are told that there is no room.
 REFUSING = 16
 #: A request that held as many bytes leaves pieces behind that are worth looking for.
 TRIM_BYTES = 64 << 20
 #: How long a message without tensors may take to come, in seconds: it is waited for in a thread that others need.
 PROMPT = 2.0
-SELECTIONS, STREAMS = "selections under way", "streams open"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Visit:
-    """One RPC: its caller, and what it is counted under."""
-
-    call: Call
-    strategy: str = ""
 
 
 class Frontend:
     """What every RPC has in common: its id, its metrics, its log line, its errors."""
 
-    def __init__(self, service: Service, metrics: Metrics) -> None:
-        self.service, self.metrics = service, metrics
+    def __init__(self, service: Service, metrics: Metrics, tracing: Tracing | None = None) -> None:
+        self.service, self.metrics, self.tracing = service, metrics, tracing
         file = service.settings.token_file
         self._tokens = Tokens(Path(file)) if file else None
         self._running, self._ended, self._draining = 0, threading.Condition(), False
         # Each selection occupies a thread, from before its message is here.
         most = service.settings.max_queue + STREAMS_BEYOND
         clear_in = service.engine.queue.clear_in
-        self._selecting = Room("this server", most, 0, movable=lambda call: not call.admitted, clear_in=clear_in)
+        self._selecting = Room("this server", most, 0, lambda call: not call.admitted, clear_in, limits=("rpcs", ""))
         self._open = Counter[tuple[str, str]]()  # what peers have open: what, and whose
         self.patience = Patience()
         self.threads = started(most + REFUSING, "selection")
         service.readers = started(service.settings.max_queue + 2 * STREAMS_BEYOND, "inbox")
         service.sources.threads = started(THREADS, "fetch")
-        metrics.in_flight.set_function(lambda: service.engine.host.taken)
-        metrics.queue_depth.set_function(lambda: len(service.engine.queue))
 
     def drain(self, grace: float) -> None:
         """Refuses what comes from now on, and waits for what runs, at most `grace` seconds."""
@@ -109,10 +106,11 @@ class Frontend:
     @contextmanager
     def selecting(self, call: Call, *, stream: bool = False) -> Iterator[None]:
         """One RPC that may wait. Raises Busy where there are too many of them, or too many of its peer."""
-        with self._one_of(call.caller.max_in_flight, SELECTIONS, call.peer):
-            self._selecting.enter(call)
+        with self._one_of(call.caller.max_in_flight, "selections", call.peer):
+            with call.times.phase("queue"):  # others may have to make room
+                self._selecting.enter(call)
             try:
-                with self._one_of(self.service.settings.max_streams_per_peer if stream else None, STREAMS, call.peer):
+                with self._one_of(self.service.settings.max_streams_per_peer if stream else None, "streams", call.peer):
                     yield
             finally:
                 self._selecting.leave(call)
@@ -125,7 +123,7 @@ class Frontend:
             return
         with self._ended:
             if self._open[what, peer] >= most:
-                raise Busy(f"this client has {most} {what} already", retry_after=RETRY_AFTER)
+                raise Busy(f"this client has {most} {what} open already", retry_after=RETRY_AFTER, limit=what)
             self._open[what, peer] += 1
         try:
             yield
@@ -139,43 +137,68 @@ class Frontend:
         return ANYONE if self._tokens is None else self._tokens.caller(context.invocation_metadata())
 
     @contextmanager
-    def visit(self, rpc: str, context: grpc.ServicerContext) -> Iterator[Visit]:
+    def visit(self, rpc: str, context: grpc.ServicerContext) -> Iterator[Call]:
         """One RPC at work. Whatever is raised inside aborts it: the caller is told, and the server lives."""
-        since, code = time.monotonic(), grpc.StatusCode.OK
-        visit = Visit(Call(uuid.uuid4().hex, peer=context.peer()))
-        call, remaining = visit.call, context.time_remaining()
+        call, remaining = Call(uuid.uuid4().hex, peer=context.peer()), context.time_remaining()
+        metadata: dict[str, Any] = dict(context.invocation_metadata())
+        code, reason = grpc.StatusCode.OK, None
         # gRPC says "no deadline" as None, or as more seconds than a clock can count.
         if remaining is not None and remaining < threading.TIMEOUT_MAX:
-            call.deadline = since + remaining
+            call.deadline = call.times.started + remaining
         try:
             if not context.add_callback(call.leave):
                 call.leave()
             call.caller = self.caller(context)  # before anything else is read
             call.peer = call.caller.name or call.peer
-            self.name(visit, str(dict(context.invocation_metadata()).get("x-request-id", "")))
+            self.name(call, str(metadata.get("x-request-id", "")))
             with self._counted():
-                yield visit
+                yield call
             context.set_trailing_metadata((("x-request-id", call.request_id),))
         except GeneratorExit:  # gRPC lets go of a stream whose caller has gone
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:  # noqa: BLE001  # whatever it is
-            abortion = status.to_grpc(error, call.request_id)
+            reason, abortion = status.cause(error), status.to_grpc(error, call.request_id)
             code = abortion.code
             traceback.clear_frames(error.__traceback__)  # they hold the request's tensors, in a circle with the error
             context.abort_with_status(abortion)  # raises, which ends the RPC
         finally:
-            seconds = time.monotonic() - since
-            self.metrics.requests.labels(rpc, visit.strategy, code.name).inc()
-            self.metrics.duration.labels(rpc, visit.strategy).observe(seconds)
-            log.info("%s %s %s %s %.1f ms", call.request_id, rpc, visit.strategy or "-", code.name, seconds * 1e3)
-            if visit.call.reserved >= TRIM_BYTES:
+            self._tell(rpc, call, code, reason, metadata)
+            if call.reserved >= TRIM_BYTES:
                 allocator.give_back()
 
-    def name(self, visit: Visit, request_id: str) -> None:
+    def _tell(self, rpc: str, call: Call, code: grpc.StatusCode, reason: str | None, metadata: dict[str, Any]) -> None:
+        """Counts an RPC that has ended, records it and logs it."""
+        self.metrics.ended(rpc, call, code.name, reason)
+        traced = {}
+        if self.tracing is not None:
+            traced = self.tracing.ended(METHODS[rpc], call, (code.value[0], code.name), reason, metadata)
+        if not log.isEnabledFor(logging.INFO):
+            return
+        times = call.times
+        said = fields(
+            request_id=call.request_id,
+            rpc=rpc,
+            strategy=call.strategy or None,
+            code=code.name,
+            reason=reason,
+            phase=times.last if code.name in LEFT else None,
+            sizes=dict(call.sizes) or None,
+            upload_bytes=call.uploaded or None,
+            reserved_bytes=call.reserved or None,
+            seconds={
+                **{phase: round(times.seconds(phase), 6) for phase in times.spans},
+                "total": round(times.total, 6),
+            },
+            peer=call.peer,
+            **traced,
+        )
+        log.info("%s %s", rpc, code.name, extra=said)
+
+    def name(self, call: Call, request_id: str) -> None:
         """Gives the RPC the id that its caller chose, if any. Raises InvalidInput for what can't be one."""
         check_request_id(request_id)
-        visit.call.request_id = request_id or visit.call.request_id
+        call.request_id = request_id or call.request_id
 
     def message(self, messages: Iterator[bytes], call: Call, context: grpc.ServicerContext, seconds: float) -> bytes:
         """The one message of a unary RPC. One that takes longer to come ends as CANCELLED.
@@ -193,6 +216,12 @@ class Frontend:
             raise InvalidInput("this method needs one message; there is none")
         return data
 
+    def came(self, call: Call, data: bytes) -> bytes:
+        """Counts a message of a selection."""
+        call.uploaded += len(data)
+        self.metrics.uploaded.inc(len(data))
+        return data
+
 
 class SelectionServicer:
     """Selections."""
@@ -202,18 +231,18 @@ class SelectionServicer:
 
     def Select(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> selection_pb2.SelectResponse:
         """Answers one request with one message."""
-        frontend, service, times = self.frontend, self.frontend.service, Times()
-        with frontend.visit("Select", context) as visit, frontend.selecting(visit.call):
-            data = frontend.message(messages, visit.call, context, service.settings.upload_grace)
-            message = wire.read(selection_pb2.SelectRequest, data)
-            del data
-            times.receive = time.monotonic() - times.started
-            visit.strategy = _strategy(message)
-            frontend.name(visit, message.request_id)
-            request, fetch = service.read(message, visit.call, times, {})
+        frontend, service = self.frontend, self.frontend.service
+        with frontend.visit("Select", context) as call, frontend.selecting(call):
+            with call.times.phase("receive"):
+                data = frontend.message(messages, call, context, service.settings.upload_grace)
+                message = wire.read(selection_pb2.SelectRequest, frontend.came(call, data))
+                del data
+            call.strategy = wire.strategy_name(message.strategy)
+            frontend.name(call, message.request_id)
+            request, fetch = service.read(message, call, {})
             del message  # which has all tensors once more
             largest = service.settings.max_inline_bytes
-            return service.run(request, fetch, visit.call, times, held=request.nbytes, largest_answer=largest)
+            return service.run(request, fetch, call, held=request.nbytes, largest_answer=largest)
         raise AssertionError("a visit ends with an answer or an abortion")
 
     def SelectStream(
@@ -222,13 +251,13 @@ class SelectionServicer:
         """Answers a request whose tensors come in chunks."""
         frontend = self.frontend
         with (
-            frontend.visit("SelectStream", context) as visit,
-            frontend.selecting(visit.call, stream=True),
-            closing(frontend.service.select_stream(map(wire.read_stream_request, messages), visit.call)) as stream,
+            frontend.visit("SelectStream", context) as call,
+            frontend.selecting(call, stream=True),
+            closing(frontend.service.select_stream(self._read(messages, call), call)) as stream,
         ):
             start = stream.start()
-            visit.strategy = _strategy(start)
-            frontend.name(visit, start.request_id)
+            call.strategy = wire.strategy_name(start.strategy)
+            frontend.name(call, start.request_id)
             responses = stream.run(start)
             del start
             for response in responses:
@@ -236,10 +265,8 @@ class SelectionServicer:
                 with frontend.patience.ended_after(frontend.service.settings.idle_stream, context):
                     yield response
 
-
-def _strategy(request: selection_pb2.SelectRequest) -> str:
-    """What the request is counted under."""
-    return request.strategy.WhichOneof("kind") or ""
+    def _read(self, messages: Iterator[bytes], call: Call) -> Iterator[wire.StreamMessage]:
+        return (wire.read_stream_request(self.frontend.came(call, data)) for data in messages)
 
 
 class StrategyServicer:
@@ -252,8 +279,8 @@ class StrategyServicer:
         self, messages: Iterator[bytes], context: grpc.ServicerContext
     ) -> strategy_pb2.ListStrategiesResponse:
         """Describes every strategy."""
-        with self.frontend.visit("ListStrategies", context) as visit:
-            wire.read(strategy_pb2.ListStrategiesRequest, self.frontend.message(messages, visit.call, context, PROMPT))
+        with self.frontend.visit("ListStrategies", context) as call:
+            wire.read(strategy_pb2.ListStrategiesRequest, self.frontend.message(messages, call, context, PROMPT))
             return self.frontend.service.list_strategies()
         raise AssertionError("a visit ends with an answer or an abortion")
 
@@ -268,8 +295,8 @@ class ServerServicer:
         self, messages: Iterator[bytes], context: grpc.ServicerContext
     ) -> server_pb2.GetServerInfoResponse:
         """Describes the server."""
-        with self.frontend.visit("GetServerInfo", context) as visit:
-            wire.read(server_pb2.GetServerInfoRequest, self.frontend.message(messages, visit.call, context, PROMPT))
+        with self.frontend.visit("GetServerInfo", context) as call:
+            wire.read(server_pb2.GetServerInfoRequest, self.frontend.message(messages, call, context, PROMPT))
             return self.frontend.service.server_info()
         raise AssertionError("a visit ends with an answer or an abortion")
 

@@ -58,6 +58,10 @@ class Settings:
     reflection: bool = setting(True, "whether tools may ask for the proto")
     device: str = setting("auto", "torch device for selections; auto: cuda where there is one, else cpu")
     log_level: str = setting("INFO", "least severity that is logged")
+    log_format: str = setting("auto", "form of the log: json, text, or auto, which is text on a terminal and else json")
+    otlp_endpoint: str = setting(
+        "", "address that traces are sent to by OTLP, such as http://localhost:4318/v1/traces; empty: none"
+    )
     max_rows: int = setting(50_000_000, "rows of a pool", low=1)
     max_dims: int = setting(65_536, "dimensions of an embedding", low=1)
     max_classes: int = setting(100_000, "classes", low=1)
@@ -101,13 +105,16 @@ class Settings:
                 "allow_plaintext_tokens where a proxy in front ends TLS"
             )
 
+    def told(self) -> dict[str, Any]:
+        """Every setting by name, secrets redacted."""
+        return {
+            each.name: "(redacted)" if each.metadata["secret"] else getattr(self, each.name)
+            for each in dataclasses.fields(self)
+        }
+
     def __str__(self) -> str:
         """One line per setting, secrets redacted."""
-        lines = []
-        for each in dataclasses.fields(self):
-            value = "(redacted)" if each.metadata["secret"] else getattr(self, each.name)
-            lines.append(f"{each.name} = {value!r}")
-        return "\n".join(lines)
+        return "\n".join(f"{name} = {value!r}" for name, value in self.told().items())
 
 
 def _is_loopback(host: str) -> bool:

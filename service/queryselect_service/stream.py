@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from queryselect.v1 import selection_pb2
 from queryselect_service import wire
 from queryselect_service.call import Call
-from queryselect_service.engine import POLL, Place, Times
+from queryselect_service.engine import POLL, Place
 from queryselect_service.errors import Aborted, Cancelled, InvalidInput, ServiceError, TooSlow
 from queryselect_service.queue import Job
 from queryselect_service.request import Request
@@ -107,8 +107,8 @@ class Inbox:
 class Stream:
     """One SelectStream at work."""
 
-    def __init__(self, service: Service, messages: Iterator[wire.StreamMessage], call: Call, times: Times) -> None:
-        self._service, self._call, self._times = service, call, times
+    def __init__(self, service: Service, messages: Iterator[wire.StreamMessage], call: Call) -> None:
+        self._service, self._call, self._times = service, call, call.times
         self._inbox = Inbox(messages, service.readers)
         self._waited = 0.0  # seconds for the client's messages
         self._told = 0.0  # when progress was told last
@@ -121,14 +121,15 @@ class Stream:
 
     def start(self) -> selection_pb2.SelectRequest:
         """The first message. Raises InvalidInput where it is no start."""
-        first = next((message for message in self._messages() if message is not None), None)
+        with self._times.phase("receive"):
+            first = next((message for message in self._messages() if message is not None), None)
         if not isinstance(first, selection_pb2.SelectRequest):
             raise InvalidInput("a stream needs a start as its first message; it has another, or none", field="start")
         return first
 
     def run(self, start: selection_pb2.SelectRequest) -> Iterator[wire.StreamResponse]:
         """What follows the start. Raises ServiceError."""
-        request, fetch = self._service.read(start, self._call, self._times, None)
+        request, fetch = self._service.read(start, self._call, None)
         del start  # its tensors are read
         yield from self.answers(request, fetch, {})
 
@@ -137,12 +138,13 @@ class Stream:
         service, call, times = self._service, self._call, self._times
         blockwise = any(in_blocks(request, array) for array in request.arrays)
         engine, selection, held = service.engine, None, held_bytes(request) + fetch.held_bytes
-        with closing(fetch), engine.admit(request, call, times, held=held, resident=not blockwise) as place:
+        with closing(fetch), engine.admit(request, call, held=held, resident=not blockwise) as place:
             upload = Upload(request, place.reserve, call.check)
             scores = Scores(request, place, upload, engine.device) if blockwise else None
             self._inbox.admit()
             yield wire.encode_admitted(call.request_id, place.reserved)
-            yield from self._receive(upload, scores, fetch)
+            with times.phase("receive"):
+                yield from self._receive(upload, scores, fetch)
             place.settle()
             if not request.validate_only:
                 values = None if scores is None else scores.values
@@ -150,8 +152,9 @@ class Stream:
                 job = place.start_selection(lambda: request.problem(call.check, values), left)
                 yield from self._progress(place, job)
                 selection = place.result(job)
-            answer = service.answer(selection, request, call, times, large)
-            yield from wire.encode_result(answer, large)
+            answer = service.answer(selection, request, call, large)
+            with times.phase("encode"):
+                yield from wire.encode_result(answer, large)
 
     def _messages(self) -> Iterator[wire.StreamMessage | None]:
         """The client's messages; None where none came for a while. Raises Aborted after too long a silence."""
@@ -176,10 +179,10 @@ class Stream:
 
     def _receive(self, upload: Upload, scores: Scores | None, fetch: Fetch) -> Iterator[wire.StreamResponse]:
         """Takes the chunks, and has rows scored as they come."""
-        began, total = time.monotonic(), upload.total
+        total = upload.total
         for message in self._parts(fetch, upload):
             if isinstance(message, Part):
-                with self._service.desk:
+                with self._times.phase("decode"), self._service.desk:
                     upload.write(message)
             elif message is not None:
                 raise InvalidInput("a stream has one start and then chunks; it has another message", field="start")
@@ -190,9 +193,8 @@ class Stream:
                 yield wire.encode_progress("RECEIVING", upload.received, total)
         if upload.received < upload.total and self._call.gone.wait(LEAVING):
             self._call.check()
-        with self._service.desk:
+        with self._times.phase("decode"), self._service.desk:
             upload.finish()
-        self._times.receive = time.monotonic() - began
         while scores is not None and not scores.finish(self._call, PROGRESS_EVERY):
             ahead = scores.ahead()
             if ahead is not None:

@@ -31,7 +31,6 @@ from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from queryselect_service import spec as specs
 from queryselect_service import strategy as strategies
 from queryselect_service.checks import Array, Source, elements, shape_text
-from queryselect_service.engine import Times
 from queryselect_service.errors import InvalidInput, OverLimit, Unsupported
 from queryselect_service.items import ItemAggregation, Items
 from queryselect_service.quotas import Quota, QuotaLimit
@@ -50,6 +49,7 @@ from queryselect_service.strategy import (
     Task,
 )
 from queryselect_service.terms import Terms
+from queryselect_service.times import Times
 from queryselect_service.upload import Part
 
 if sys.byteorder != "little":
@@ -346,6 +346,12 @@ def _prefix(descriptor: EnumDescriptor) -> str:
 # Strategies
 
 
+def strategy_name(message: strategy_pb2.Strategy) -> str:
+    """What a request is counted under, read or not: a name that this server knows, never a text of the caller's."""
+    name = message.WhichOneof("kind") or ""
+    return message.custom.name if name == "custom" and message.custom.name in PLUGINS else name
+
+
 def decode_strategy(message: strategy_pb2.Strategy) -> tuple[Strategy, Spec, str]:
     """The strategy that is set, its parameters, and their path in the request."""
     name = message.WhichOneof("kind")
@@ -515,15 +521,15 @@ def encode(selection: Selection | None, request: Request, large: Large | None = 
     return message
 
 
-def encode_info(times: Times, total: float, device: str, request: Request, version: str) -> selection_pb2.RunInfo:
-    """How a request ran; times in seconds."""
+def encode_info(times: Times, device: str, request: Request, version: str) -> selection_pb2.RunInfo:
+    """How a request ran."""
     return selection_pb2.RunInfo(
-        queue=_duration(times.queue),
-        receive=_duration(times.receive),
-        decode=_duration(times.decode),
-        transfer=_duration(times.transfer),
-        kernel=_duration(times.kernel),
-        total=_duration(total),
+        queue=_duration(times.seconds("queue")),
+        receive=_duration(times.seconds("receive")),
+        decode=_duration(times.seconds("decode")),
+        transfer=_duration(times.seconds("transfer")),
+        kernel=_duration(times.seconds("kernel")),
+        total=_duration(times.total),
         device=device,
         compute_dtype=NUMBERS[request.compute_dtype],
         peak_bytes=times.peak_bytes,

@@ -137,7 +137,7 @@ def test_serve_answers_until_it_is_told_to_stop() -> None:
         finally:
             process.kill()
     assert (process.returncode, out) == (0, "")
-    assert "drain_grace = 7.0" in err  # the settings are told at start
+    assert '"drain_grace": 7.0' in err  # the settings are told at start
     assert "stopped" in err
     assert "Traceback" not in err
 

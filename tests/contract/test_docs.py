@@ -22,6 +22,7 @@ PAGES = (
     "docs/security.md",
     "benchmarks/reproductions/README.md",
     "examples/README.md",
+    "docs/licences.md",
 )
 strategies.load()
 NAMES = set(strategies.STRATEGIES)

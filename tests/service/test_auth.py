@@ -442,8 +442,8 @@ def test_selections_of_a_token_at_a_time(guarded):
         while own.frontend._selecting.taken < 2:
             assert time.monotonic() < until
             time.sleep(0.005)
-        busy(lambda: stub.Select(request(), metadata=bearer()), "this client has 2 selections under way already")
-        busy(lambda: ask(channel, whole(request()), metadata=bearer()), "selections under way")
+        busy(lambda: stub.Select(request(), metadata=bearer()), "this client has 2 selections open already")
+        busy(lambda: ask(channel, whole(request()), metadata=bearer()), "selections open")
         assert stub.Select(request(), metadata=bearer(LAB[0])).HasField("indices")
         assert calls(channel)["GetServerInfo"](bearer())
     free(own)

@@ -310,7 +310,7 @@ def test_a_server_of_its_own_says_nothing_secret(tmp_path, issued):
             with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics") as page:
                 shown = page.read().decode()
     written = (tmp_path / "log").read_text()
-    assert "token_file = " in written
+    assert str(tmp_path / "tokens.toml") in written, "the settings"
     assert "UNAUTHENTICATED" in written
     for secret in (token.rpartition("_")[2][:-1], salt.hex(), hashed.hex(), "PRIVATE KEY"):
         assert secret not in written + shown

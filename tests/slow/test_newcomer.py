@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import pins
+
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 #: The environment of a fresh login: no PYTHONPATH, no virtual environment, but what package clients are told by it.
@@ -36,6 +38,26 @@ def test_make_demo_works_in_a_clean_clone_and_leaves_it_clean(tmp_path):
     assert "100%" in printed
     assert (clone / "demo" / "report.html").stat().st_size > 20_000
     assert run("git", "status", "--porcelain", cwd=clone) == ""
+
+
+def test_what_has_another_hash_or_none_is_not_installed(tmp_path):
+    run("git", "clone", "-q", str(ROOT), str(tmp_path / "clone"), cwd=tmp_path)
+    clone = tmp_path / "clone"
+    run("make", ".venv/.python", cwd=clone)
+    constraints = clone / "constraints.txt"
+    install = [str(clone / ".venv" / "bin" / "pip"), "install", "-c", str(constraints)]
+    run(*install, "idna", cwd=clone)
+    right = pins.read(constraints)["idna"].hashes
+    text = constraints.read_text()
+    for each in right:
+        text = text.replace(each, each[::-1])
+    constraints.write_text(text)
+    for package, told in (("idna", "DO NOT MATCH THE HASHES"), ("wheel", "must have their versions pinned")):
+        done = subprocess.run(
+            [*install, "--force-reinstall", package], cwd=clone, env=CLEAN, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert told in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +88,13 @@ def test_the_wheel_installs_as_a_thin_client(wheel, tmp_path, version, floors, t
     python = interpreter(version)
     run(python, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
     own = tmp_path / "venv" / "bin"
-    held = FLOORS if floors else ["-c", str(ROOT / "constraints.txt")]
-    run(str(own / "pip"), "install", "-q", *held, str(wheel), cwd=tmp_path)
+    pip = (str(own / "python"), "-m", "pip", "install", "-q")
+    if floors:
+        run(*pip, *FLOORS, str(wheel), cwd=tmp_path)
+    else:
+        run(*pip, f"pip=={pins.read()['pip'].version}", cwd=tmp_path)
+        run(*pip, "--no-deps", str(wheel), cwd=tmp_path)
+        run(*pip, "--require-hashes", "-c", str(ROOT / "constraints.txt"), "queryselect", cwd=tmp_path)
     code = f"""
 import importlib.util, numpy, queryselect
 assert importlib.util.find_spec("torch") is None

@@ -1,0 +1,152 @@
+"""What is measured, what is told of it, and what uses it: each covers the others, both ways."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from queryselect_service import logs
+from queryselect_service.engine import Engine
+from queryselect_service.errors import BUSY, ServiceError
+from queryselect_service.metrics import REASONS, Metrics
+from queryselect_service.settings import Settings
+from queryselect_service.status import BUG
+from queryselect_service.times import PHASES
+
+ROOT = Path(__file__).parent.parent.parent
+FILES = ROOT / "helm" / "queryselect" / "files"
+DOCUMENTED = (ROOT / "docs" / "operations.md").read_text()
+ALERTS, DASHBOARD = (FILES / "alerts.yaml").read_text(), json.loads((FILES / "dashboard.json").read_text())
+BENCHMARKS = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("**/*.py"))
+#: What a name in an expression may have behind the metric's own.
+SUFFIXES = r"(_bucket|_sum|_count)?\b"
+
+
+@pytest.fixture(scope="module")
+def registry() -> CollectorRegistry:
+    engine = Engine(Settings())
+    engine.probe()
+    return Metrics(engine).registry
+
+
+@pytest.fixture(scope="module")
+def measured(registry) -> dict[str, tuple[str, set[str]]]:
+    """Type and labels of every metric, by its full name."""
+    ours = [each for each in registry._collector_to_names if hasattr(each, "_labelnames")]
+    labels = {each._name: set(each._labelnames) for each in ours}
+    found = {}
+    for family in registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        told = {label for sample in family.samples for label in sample.labels} - {"le"}
+        found[name] = (family.type, labels.get(family.name, set()) | told)
+    return found
+
+
+def panels() -> list[dict]:
+    return [each for each in DASHBOARD["panels"] if each["type"] != "row"]
+
+
+def expressions() -> list[str]:
+    alerts = re.findall(r"expr: (?:>-\n)?(.*?)\n +(?:for|labels):", ALERTS, re.DOTALL)
+    return [*alerts, *(target["expr"] for panel in panels() for target in panel["targets"])]
+
+
+def documented() -> dict[str, tuple[str, str]]:
+    rows = re.findall(r"^\| `((?:queryselect|process)_\w+)` \| (\w+) \| (.*?) \|", DOCUMENTED, re.MULTILINE)
+    return {name: (kind, labels) for name, kind, labels in rows}
+
+
+def test_every_metric_is_documented_as_it_is_and_nothing_else_is(measured):
+    assert set(documented()) == set(measured)
+    for name, (kind, labels) in measured.items():
+        told_kind, told_labels = documented()[name]
+        assert told_kind == kind, name
+        assert set(re.findall(r"`(\w+)`", told_labels.split(":")[0].strip())) | labels == labels, name
+        assert all(f"`{label}`" in told_labels for label in labels), name
+
+
+def test_every_metric_of_ours_is_used_by_an_alert_a_panel_or_a_benchmark(measured):
+    used = " ".join(expressions()) + BENCHMARKS
+    idle = [name for name in measured if name.startswith("queryselect_") and not re.search(name + SUFFIXES, used)]
+    assert not idle
+
+
+def test_no_expression_names_what_does_not_exist(measured):
+    known = set(measured) | {
+        name + suffix
+        for name, (kind, _) in measured.items()
+        if kind == "histogram"
+        for suffix in ("_bucket", "_sum", "_count")
+    }
+    histograms = {name for name, (kind, _) in measured.items() if kind == "histogram"}
+    for expression in expressions():
+        named = set(re.findall(r"\b(?:queryselect|process)_\w+", expression))
+        assert named, expression
+        assert named <= known - histograms, expression
+    assert set(re.findall(r"\"(queryselect_\w+)\"", BENCHMARKS)) - {"queryselect_service"} <= known
+
+
+def test_no_expression_asks_for_a_label_that_its_metric_has_not(measured):
+    of_all = {"job", "instance", "le"}
+    for expression in expressions():
+        for name, matchers in re.findall(r"\b((?:queryselect|process)_\w+)\{([^}]*)\}", expression):
+            own = measured.get(name) or measured[re.sub("_(bucket|sum|count)$", "", name)]
+            assert set(re.findall(r"(\w+)=", matchers)) <= own[1] | of_all, expression
+        grouped = [label for group in re.findall(r"\bby \(([^)]*)\)", expression) for label in group.split(", ")]
+        named = re.findall(r"\b((?:queryselect|process)_\w+)", expression)
+        labels = set().union(*((measured.get(n) or measured[re.sub("_(bucket|sum|count)$", "", n)])[1] for n in named))
+        assert set(grouped) <= labels | of_all, expression
+
+
+def reasons() -> set[str]:
+    kinds, found = [ServiceError], {BUG}
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if "reason" in vars(kind):
+            found.add(kind.reason)
+    return found - {"CANCELLED", "DEADLINE_EXCEEDED"}
+
+
+def test_every_reason_is_documented_and_alerts_ask_for_such_as_are_there_from_the_start():
+    section = DOCUMENTED.split("### Reasons")[1].split("### Phases")[0]
+    told = set(re.findall(r"`([A-Z_]+)(?::\w+)?`", section))
+    assert told - {"ErrorInfo"} == reasons()
+    assert set(re.findall(r"`BUSY:(\w+)`", section)) == set(BUSY)
+    for expression in re.findall(r'reason=~?"([^"]+)"', ALERTS):
+        assert any(re.fullmatch(expression, reason) for reason in REASONS), expression
+
+
+def test_every_phase_and_every_alert_is_documented():
+    section = DOCUMENTED.split("### Phases")[1].split("## Alerts")[0]
+    assert set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == set(PHASES)
+    section = DOCUMENTED.split("## Alerts")[1].split("## Traces")[0]
+    assert re.findall(r"^\| (QuerySelect\w+)", section, re.MULTILINE) == re.findall(r"alert: (\w+)", ALERTS)
+    assert set(logs.FORMATS) <= set(re.findall(r"`(\w+)`", DOCUMENTED.split("## Logs")[1]))
+
+
+def test_the_dashboard_is_one(measured):
+    numbers = [each["id"] for each in DASHBOARD["panels"]]
+    assert len(numbers) == len(set(numbers))
+    rows = [each["title"] for each in DASHBOARD["panels"] if each["type"] == "row"]
+    assert len(rows) == len(set(rows)) >= 6
+    (source,) = (each for each in DASHBOARD["templating"]["list"] if each["type"] == "datasource")
+    taken = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"])
+                 for y in range(place["y"], place["y"] + place["h"])}  # fmt: skip
+        assert not cells & taken, panel["title"]
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+    for panel in panels():
+        assert panel["title"]
+        assert panel["description"]
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        for target in panel["targets"]:
+            assert target["datasource"]["uid"] == f"${{{source['name']}}}"
+            assert 'job=~"$job",instance=~"$instance"' in target["expr"]
