@@ -212,11 +212,6 @@ class Request:
             yield self.ids
 
     @property
-    def by_reference(self) -> bool:
-        """Whether some tensor is to be read by the server itself."""
-        return any(array.source is not None for array in self.arrays)
-
-    @property
     def nbytes(self) -> int:
         """The bytes of every tensor."""
         return sum(array.nbytes for array in self.arrays)

@@ -63,13 +63,13 @@ class Service:
         with call.times.phase("decode"), self.desk:
             request = wire.decode(message, buffers, self.settings)
             call.strategy = request.strategy.name
-            by_reference = request.by_reference
-            if not by_reference:
+            fetch = self.sources.fetch(request, call)
+            if not fetch:
                 request.check(self.settings, call.check)
-        with call.times.phase("receive"):
-            fetch = self.sources.open(request, call)
-        if by_reference:  # now types and shapes are known
-            with call.times.phase("decode"), self.desk:
+        if fetch:
+            with call.times.phase("receive"):
+                fetch.open()
+            with call.times.phase("decode"), self.desk:  # now types and shapes are known
                 request.check(self.settings, call.check)
         call.sizes = {**request.letters, "k": request.max_items or 0}
         call.caller.check_rows(request.size)

@@ -15,8 +15,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -70,21 +71,18 @@ class Sources:
         """The schemes of addresses that may be read."""
         return self._allowed.schemes
 
-    def open(self, request: Request, call: Call) -> Fetch:
-        """Opens what the request names by reference, and tells its arrays their types and shapes.
+    def fetch(self, request: Request, call: Call) -> Fetch:
+        """What there is to read for a request, allowed. Nothing is opened yet.
 
-        Raises ServiceError: PermissionDenied for an address that is not allowed, before any is opened.
+        Raises PermissionDenied for an address that is not allowed, OverLimit for too many; InvalidInput or Unsupported
+        for a format.
         """
         arrays = [array for array in request.arrays if array.source is not None]
         if len(arrays) > self._most:
             raise OverLimit("tensors by reference", len(arrays), self._most, name="max_sources")
-        fetch = Fetch(request, call, self.threads)
-        places = {_source(array).uri: self._allow(array) for array in arrays}
-        formats = [_format(array) for array in arrays]
-        opened = {uri: self.threads.submit(_open, *place, call.check) for uri, place in places.items()}
-        for array, read in zip(arrays, formats, strict=True):
-            fetch.add(array, opened[_source(array).uri], read)
-        return fetch
+        return Fetch(
+            request, call, self.threads, [Place(array, *self._allow(array), _format(array)) for array in arrays]
+        )
 
     def _allow(self, array: Array) -> tuple[Address, Address]:
         """The address that an array is read from, and the prefix that allows it."""
@@ -100,32 +98,48 @@ class Sources:
         return address, prefix
 
 
-class Fetch:
-    """The tensors of one request that are read by reference."""
+@dataclass(frozen=True)
+class Place:
+    """Where an array is read from: an address, the prefix that allows it, and what reads its format."""
 
-    def __init__(self, request: Request, call: Call, threads: Executor) -> None:
-        self._request, self._call, self._threads = request, call, threads
+    array: Array
+    address: Address
+    prefix: Address
+    read: Read
+
+
+class Fetch:
+    """The tensors of one request that are read by reference. True where there are any."""
+
+    def __init__(self, request: Request, call: Call, threads: Executor, places: Sequence[Place]) -> None:
+        self._request, self._call, self._threads, self._places = request, call, threads, places
         self._readers: dict[str, Reader] = {}
         self._feeds: list[_Feed] = []
 
     def __bool__(self) -> bool:
-        return bool(self._readers)
+        return bool(self._places)
 
     def __contains__(self, path: str) -> bool:
         return path in self._readers
 
-    def add(self, array: Array, opened: Future[Object], read: Read) -> None:
-        """Reads the header of an array's object. Raises ServiceError."""
-        source, found = _source(array), self.wait(opened, array)
-        begun = self._threads.submit(_header, found, source, read)
-        reader = self._readers[array.path] = self.wait(begun, array)
-        source.version, asked = found.version, (source.dtype or reader.dtype, source.shape or reader.shape)
-        if asked[0] is not reader.dtype or _rows_of(asked[1]) != _rows_of(reader.shape):
-            words = (
-                f"{_described(*asked)}, as the request says; what is there is {_described(reader.dtype, reader.shape)}"
-            )
-            raise InvalidInput(f"{array.path} needs {words}", field=array.path)
-        array.dtype, array.shape = asked
+    def open(self) -> None:
+        """Opens every object, once, and tells the request's arrays their types and shapes. Raises ServiceError."""
+        opened: dict[Address, Future[Object]] = {}
+        for each in self._places:
+            if each.address not in opened:
+                begun = self._threads.submit(_open, each.address, each.prefix, self._call.check)
+                opened[each.address] = begun
+        for each in self._places:
+            array, source = each.array, _source(each.array)
+            found = self._wait(opened[each.address], array)
+            begun_header = self._threads.submit(_header, found, source, each.read)
+            reader = self._readers[array.path] = self._wait(begun_header, array)
+            asked, there = (source.dtype, source.shape), (reader.dtype, reader.shape)
+            array.dtype, array.shape = asked[0] or there[0], asked[1] or there[1]
+            source.version = found.version
+            if array.dtype is not there[0] or _rows_of(array.shape) != _rows_of(there[1]):
+                words = f"{_described(array.dtype, array.shape)}, as the request says; there is {_described(*there)}"
+                raise InvalidInput(f"{array.path} needs {words}", field=array.path)
 
     @property
     def total(self) -> int:
@@ -167,7 +181,7 @@ class Fetch:
         for each in self._feeds:
             each.close()
 
-    def wait(self, future: Future[Result], array: Array) -> Result:
+    def _wait(self, future: Future[Result], array: Array) -> Result:
         """What a reading thread found. Raises ServiceError, of the array; Cancelled where the caller has gone."""
         while not future.done():
             self._call.check()
@@ -182,7 +196,7 @@ class Fetch:
             raise
 
     def _feed(self, array: Array) -> _Feed:
-        feed = _Feed(array, self._readers[array.path], self._threads, lambda future: self.wait(future, array))
+        feed = _Feed(array, self._readers[array.path], self._threads, lambda future: self._wait(future, array))
         self._feeds.append(feed)
         return feed
 
