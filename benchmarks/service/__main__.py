@@ -2,8 +2,9 @@
 
 transport: how fast a pool gets to the server, and what that costs. load: many small requests. seen: what metrics, the
 log and traces cost one. health: how soon health checks are answered meanwhile, and what 64 clients are told by a server
-with room for 17. cancel: how soon every strategy stops. fuzz: what broken requests are answered. What was found is
-printed and kept in benchmarks/results/, with what other parts found before.
+with room for 17. cancel: how soon every strategy stops. fuzz: what broken requests are answered. tokens: what a bad
+token costs, by what is bad of it. What was found is printed and kept in benchmarks/results/, with what other parts
+found before.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from benchmarks import machine
 
-PARTS = ("transport", "load", "seen", "health", "cancel", "fuzz")
+PARTS = ("transport", "load", "seen", "health", "cancel", "fuzz", "tokens")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

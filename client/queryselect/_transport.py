@@ -94,6 +94,8 @@ class Remote:
             self._channel = grpc.insecure_channel(target, options)
             if token and not _LOOPBACK.match(target):
                 raise ValueError(f"a token would travel in clear text to {target}; use tls")
+        if token and not (token.isascii() and token.isprintable()):
+            raise ValueError("a token has printable ASCII characters only; this one has others, perhaps a line break")
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._selection = selection_pb2_grpc.SelectionServiceStub(self._channel)
         # Beside the generated one, which would copy a chunk's bytes twice more.

@@ -7,25 +7,57 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from queryselect_service.errors import Busy, Cancelled, DeadlineExceeded
+from queryselect_service.errors import Busy, Cancelled, DeadlineExceeded, OverLimit
 from queryselect_service.times import Times
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose token came, and what it may have beside the server's own limits; None: as much as those allow.
+
+    max_rows: N of one request. max_bytes: host memory of one request. max_in_flight: selections at a time.
+    """
+
+    name: str
+    max_rows: int | None = None
+    max_bytes: int | None = None
+    max_in_flight: int | None = None
+
+    def check_rows(self, rows: int) -> None:
+        """Raises OverLimit."""
+        self._check("rows", rows, self.max_rows, "max_rows")
+
+    def check_bytes(self, nbytes: int) -> None:
+        """Raises OverLimit."""
+        self._check("bytes of host memory", nbytes, self.max_bytes, "max_bytes")
+
+    def _check(self, what: str, size: int, limit: int | None, name: str) -> None:
+        if limit is not None and size > limit:
+            raise OverLimit(what, size, limit, name=name, field="pool", whose="this token's")
+
+
+#: Who calls where no token is needed.
+ANYONE = Caller("")
 
 
 @dataclass(eq=False)
 class Call:
     """One caller: whether it still wants the answer, until when (time.monotonic), and whom to tell how far it is.
 
-    peer: whose request it is; what is shared is shared fairly between peers. admitted: whether it has its place and its
-    memory. reserved: the bytes that were set aside then. begun: whether the device has worked for it. stirred: set when
-    anything happened that whoever waits for this call should look at. strategy, sizes: what it asks for, by a name that
-    this server knows and by letter, as far as that has been read. uploaded: the bytes of its messages so far. times:
-    where its time goes.
+    peer: whose request it is; what is shared is shared fairly between peers. Where callers show tokens a peer is a
+    token: who opens more connections has no more then, nor have more machines of one team, and a labelling tool that
+    serves several teams gives each its own. Elsewhere it is a connection. caller: what its token allows.
+    admitted: whether it has its place and its memory. reserved: the bytes that were set aside then. begun: whether the
+    device has worked for it. stirred: set when anything happened that whoever waits for this call should look at.
+    strategy, sizes: what it asks for, by a name that this server knows and by letter, as far as that has been read.
+    uploaded: the bytes of its messages so far. times: where its time goes.
     """
 
     request_id: str
     deadline: float | None = None
     report: Callable[[int, int], None] = lambda *_: None
     peer: str = ""
+    caller: Caller = ANYONE
     reserved: int = 0
     admitted: bool = False
     begun: bool = False

@@ -194,6 +194,7 @@ class Place:
         limit = engine.settings.max_host_bytes
         if self._held > limit:
             raise OverLimit("bytes of host memory", self._held, limit, name="max_host_bytes", field="pool")
+        self.call.caller.check_bytes(self._host)
         needs = [(engine.host, self._host)]
         if engine.own_memory is not None:
             needs.append((engine.own_memory, self._own))
@@ -210,6 +211,7 @@ class Place:
         room, had = self._rooms[0]
         if had + nbytes > room.capacity:
             raise OverLimit("bytes of host memory", had + nbytes, room.capacity, name="max_host_bytes", field="pool")
+        self.call.caller.check_bytes(had + nbytes)
         room.reserve(self.call, nbytes)
         self._rooms[0] = (room, had + nbytes)
 
@@ -219,6 +221,7 @@ class Place:
         Sets more aside where there are more items than rows. Raises DoesNotFit or Busy where there is no such room.
         """
         needs = self._needs()
+        self.call.caller.check_bytes(needs[0])
         changes = (needs[0] - self._host, needs[1] - self._own)
         self._host, self._own = needs
         for at, ((room, had), by) in enumerate(zip(self._rooms, changes, strict=False)):

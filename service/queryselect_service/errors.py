@@ -7,6 +7,7 @@
     ├── Unsupported        this server does not serve that (yet)                   UNIMPLEMENTED
     ├── NotFound           there is nothing at an address to read from             NOT_FOUND
     ├── PermissionDenied   the server may not read from there                      PERMISSION_DENIED
+    ├── Unauthenticated    no token, or none that is known here                    UNAUTHENTICATED
     ├── Busy               no room now; the same request may succeed later         RESOURCE_EXHAUSTED
     ├── OutOfMemory        the device ran out in spite of the estimate             RESOURCE_EXHAUSTED
     ├── DataLoss           bytes changed on the way, or did not come               DATA_LOSS
@@ -66,10 +67,15 @@ class OverLimit(ServiceError):
 
     code, reason = "OUT_OF_RANGE", "OVER_LIMIT"
 
-    def __init__(self, what: str, size: int, limit: int, *, name: str, field: str = "") -> None:
-        """`what` is counted by `size`; `limit` is the most allowed, and `name` the limit's name in Settings."""
+    def __init__(
+        self, what: str, size: int, limit: int, *, name: str, field: str = "", whose: str = "this server's"
+    ) -> None:
+        """`what` is counted by `size`; `limit` is the most allowed, and `name` the limit's name in Settings.
+
+        whose: the limit's owner.
+        """
         super().__init__(
-            f"{what}: {size} is over this server's limit of {limit} ({name})",
+            f"{what}: {size} is over {whose} limit of {limit} ({name})",
             field=field,
             metadata={"limit": str(limit), "size": str(size), "setting": name},
         )
@@ -107,8 +113,14 @@ class PermissionDenied(ServiceError):
     code, reason = "PERMISSION_DENIED", "NOT_ALLOWED"
 
 
+class Unauthenticated(ServiceError):
+    """Nobody that this server knows: ask its operator for a token. Says what is needed, never what came."""
+
+    code, reason = "UNAUTHENTICATED", "UNAUTHENTICATED"
+
+
 #: What Busy can be for want of: `limit` is one of these. A share is what another client is given in one's place.
-BUSY = ("queue", "queue_wait", "host_memory", "device_memory", "rpcs", "streams", "share")
+BUSY = ("queue", "queue_wait", "host_memory", "device_memory", "rpcs", "streams", "selections", "share")
 
 
 class Busy(ServiceError):

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -18,13 +18,14 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from queryselect_service import allocator, logs
+from queryselect_service import allocator, logs, status, tls
 from queryselect_service.endpoint import Endpoint
 from queryselect_service.engine import Engine
+from queryselect_service.errors import Unauthenticated
 from queryselect_service.metrics import Metrics
 from queryselect_service.patience import Patience
 from queryselect_service.service import Service
-from queryselect_service.servicer import Frontend, add_methods, add_services
+from queryselect_service.servicer import PROMPT, Frontend, add_methods, add_services
 from queryselect_service.settings import Settings
 from queryselect_service.threads import end_with_threads, started
 
@@ -38,6 +39,12 @@ THREADS = 16
 SWITCH = 0.001
 #: Reflection streams at a time.
 REFLECTIONS = 4
+#: Threads that answer health in plain text.
+HEALTH_THREADS = 2
+#: The longest message that asks for health, in bytes.
+HEALTH_BYTES = 4096
+#: How long a connection may take until both sides know what they speak, in milliseconds.
+HANDSHAKE_MS = 20_000
 #: Room in a message beside its tensors.
 HEADER_BYTES = 1 << 20
 #: Time for answers that are on their way when the port closes, in seconds.
@@ -55,13 +62,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Server:
-    """A server that is listening. port and metrics_port are the real ones (metrics_port -1: none)."""
+    """A server that is listening. Ports are the real ones (metrics_port, health_port: -1 where there is none)."""
 
+    _plain: grpc.Server | None  # health alone
     grpc: grpc.Server
     frontend: Frontend
     health: DeviceHealth
     port: int
     metrics_port: int
+    health_port: int
     _metrics: Endpoint | None
 
     def drain(self, grace: float) -> None:
@@ -72,6 +81,8 @@ class Server:
         self.health.enter_graceful_shutdown()
         self.frontend.drain(grace)
         self.grpc.stop(LAST_WORDS).wait()
+        if self._plain is not None:
+            self._plain.stop(LAST_WORDS).wait()
         self.health.close()
         self.frontend.close()
         if self._metrics is not None:
@@ -83,38 +94,70 @@ class Server:
 class BoundedReflection(reflection.ReflectionServicer):
     """Reflection, of which each stream occupies a thread: a few at a time, and none for ever."""
 
-    def __init__(self, names: Sequence[str], patience: Patience, seconds: float) -> None:
+    def __init__(self, names: Sequence[str], frontend: Frontend, seconds: float) -> None:
         """seconds: the longest that a stream may stay open."""
         super().__init__(names)
-        self._places, self._patience, self._seconds = threading.BoundedSemaphore(REFLECTIONS), patience, seconds
+        self._frontend, self._seconds = frontend, seconds
+        self._places = threading.BoundedSemaphore(REFLECTIONS)
 
     def ServerReflectionInfo(self, request_iterator: Iterable[Any], context: Any) -> Iterator[Any]:
         """Answers questions about the proto."""
+        try:
+            self._frontend.caller(context)
+        except Unauthenticated as error:
+            context.abort_with_status(status.to_grpc(error, ""))
         if not self._places.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{REFLECTIONS} reflections are under way already")
         try:
-            with self._patience.ended_after(self._seconds, context):
+            with self._frontend.patience.ended_after(self._seconds, context):
                 yield from super().ServerReflectionInfo(request_iterator, context)
         finally:
             self._places.release()
 
 
-class Lenient:
-    """Stands in for a server while others' services are added to it: bytes that are no message are read as `instead`.
+class Prompt:
+    """A method that takes its one message as a stream would, and waits for it no longer than is good for others.
 
-    gRPC would answer them with INTERNAL.
+    gRPC would wait in one of its threads for as long as the caller likes.
     """
 
-    def __init__(self, server: grpc.Server, instead: Message) -> None:
-        self._server, self._instead = server, instead
+    def __init__(self, method: Callable[..., Any], patience: Patience) -> None:
+        self._method, self._patience = method, patience
+        self.experimental_non_blocking = getattr(method, "experimental_non_blocking", False)  # gRPC's own name for it
+
+    def __call__(self, messages: Iterator[Any], context: grpc.ServicerContext, *more: Any) -> Any:
+        """Runs the method."""
+        with self._patience.ended_after(PROMPT, context):
+            message = next(messages, None)
+        if message is None:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "this method needs one message; there is none")
+        return self._method(message, context, *more)
+
+
+class Lenient:
+    """Stands in for a server while others' services are added to it.
+
+    Bytes that are no message are read as `instead`, where gRPC would answer with INTERNAL, and what is unary is prompt.
+    """
+
+    def __init__(self, server: grpc.Server, instead: Message, patience: Patience) -> None:
+        self._server, self._instead, self._patience = server, instead, patience
 
     def add_generic_rpc_handlers(self, _: object) -> None:
         """The same methods as below."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         """Adds a service's methods."""
-        lenient = {name: each._replace(request_deserializer=self._read) for name, each in handlers.items()}
-        add_methods(self._server, service, lenient)
+        add_methods(self._server, service, {name: self._lenient(each) for name, each in handlers.items()})
+
+    def _lenient(self, method: Any) -> Any:
+        if method.request_streaming:
+            return method._replace(request_deserializer=self._read)
+        kind = (
+            grpc.stream_stream_rpc_method_handler if method.response_streaming else grpc.stream_unary_rpc_method_handler
+        )
+        prompt = Prompt(method.unary_stream or method.unary_unary, self._patience)
+        return kind(prompt, self._read, method.response_serializer)
 
     def _read(self, data: bytes) -> Message:
         try:
@@ -193,7 +236,12 @@ class DeviceHealth(health.HealthServicer):
 
 
 def start(settings: Settings) -> Server:
-    """Starts a server. Raises RuntimeError where the address is taken or the device does not work."""
+    """Starts a server.
+
+    Raises RuntimeError where an address is taken or the device does not work, ValueError for files that can't be used.
+    """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_says_no_header)
+    secured = tls.credentials(settings) if settings.tls_cert else None
     service, tracing = Service(settings), _tracing(settings)
     service.engine.probe()
     server = grpc.server(
@@ -207,6 +255,7 @@ def start(settings: Settings) -> Server:
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
             ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ],
     )
     metrics = Metrics(service.engine)
@@ -214,17 +263,25 @@ def start(settings: Settings) -> Server:
     names = add_services(frontend, server)
     checks = DeviceHealth(service.engine, names)
     metrics.ready.set_function(lambda: checks.ready)
-    unreadable = health_pb2.HealthCheckRequest(service="bytes that are no message")
-    health_pb2_grpc.add_HealthServicer_to_server(checks, cast("Any", Lenient(server, unreadable)))
-    described = BoundedReflection(
-        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], frontend.patience, settings.idle_stream
-    )
-    lenient = Lenient(server, reflection_pb2.ServerReflectionRequest())
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, lenient)  # type: ignore[no-untyped-call]
+    _add_health(server, checks, frontend.patience)
+    if settings.reflection:
+        described = BoundedReflection(
+            [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], frontend, settings.idle_stream
+        )
+        lenient = Lenient(server, reflection_pb2.ServerReflectionRequest(), frontend.patience)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, lenient)  # type: ignore[no-untyped-call]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    endpoint, metrics_port = None, -1
+    address = f"{host}:{settings.port}"
+    endpoint, metrics_port, plain, health_port = None, -1, None, -1
     try:
-        port = server.add_insecure_port(f"{host}:{settings.port}")
+        port = server.add_insecure_port(address) if secured is None else server.add_secure_port(address, secured)
+        if settings.health_port >= 0:
+            plain = grpc.server(
+                started(HEALTH_THREADS, "health"),
+                options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", HEALTH_BYTES)],
+            )
+            _add_health(plain, checks, frontend.patience)
+            health_port = plain.add_insecure_port(f"{host}:{settings.health_port}")
         if settings.metrics_port >= 0:
             endpoint = _endpoint(settings, metrics)
             metrics_port = endpoint.server_port
@@ -232,11 +289,25 @@ def start(settings: Settings) -> Server:
         checks.close()
         frontend.close()
         server.stop(None)
+        if plain is not None:
+            plain.stop(None)
         if tracing is not None:
             tracing.close()
         raise
     server.start()
-    return Server(server, frontend, checks, port, metrics_port, endpoint)
+    if plain is not None:
+        plain.start()
+    return Server(plain, server, frontend, checks, port, metrics_port, health_port, endpoint)
+
+
+def _says_no_header(record: logging.LogRecord) -> bool:
+    """Whether a line of gRPC may be logged: it writes out headers that are no UTF-8, and a token may be in one."""
+    return not str(record.msg).startswith("Invalid encoding")
+
+
+def _add_health(server: grpc.Server, checks: DeviceHealth, patience: Patience) -> None:
+    unreadable = health_pb2.HealthCheckRequest(service="bytes that are no message")
+    health_pb2_grpc.add_HealthServicer_to_server(checks, cast("Any", Lenient(server, unreadable, patience)))
 
 
 def _endpoint(settings: Settings, metrics: Metrics) -> Endpoint:
@@ -276,7 +347,10 @@ def run(settings: Settings) -> None:
     gc.collect()
     gc.freeze()  # what is here stays: looking through all of it now and then would stop every thread for long
     # Printed for people and for programs that asked for a free port.
-    print(f"queryselect serves on {settings.host}:{server.port}, metrics on port {server.metrics_port}", flush=True)
+    plain = f", health on port {server.health_port}" if server.health_port >= 0 else ""
+    print(
+        f"queryselect serves on {settings.host}:{server.port}, metrics on port {server.metrics_port}{plain}", flush=True
+    )
     stop.wait()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait for the grace
     log.info("draining", extra=logs.fields(grace_seconds=settings.drain_grace))

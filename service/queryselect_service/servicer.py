@@ -4,8 +4,8 @@ Requirements that the design meets:
 
 - Messages come as bytes and are read in the method's own thread: bytes that are none are the caller's fault, not gRPC's
   INTERNAL, and gRPC's one thread for everything never reads megabytes.
-- `Select` takes its one message as a stream would, which is the same on the wire: it is counted before its message is
-  here, so that slow ones are bounded, and the message can go once it is read.
+- Unary methods take their one message as a stream would, which is the same on the wire: callers show who they are, and
+  are counted, before it is here; slow ones are bounded, and the message can go once it is read.
 - Selections wait in threads of their own: health and descriptions never wait for one.
 """
 
@@ -19,13 +19,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import allocator, status, wire
-from queryselect_service.call import Call
+from queryselect_service.auth import Tokens
+from queryselect_service.call import ANYONE, Call, Caller
 from queryselect_service.checks import check_request_id
 from queryselect_service.errors import Busy, Cancelled, InvalidInput, Unavailable
 from queryselect_service.logs import fields
@@ -50,6 +52,8 @@ METHODS = {
 REFUSING = 16
 #: A request that held as many bytes leaves pieces behind that are worth looking for.
 TRIM_BYTES = 64 << 20
+#: How long a message without tensors may take to come, in seconds: it is waited for in a thread that others need.
+PROMPT = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +63,14 @@ class Frontend:
 
     def __init__(self, service: Service, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self.service, self.metrics, self.tracing = service, metrics, tracing
+        file = service.settings.token_file
+        self._tokens = Tokens(Path(file)) if file else None
         self._running, self._ended, self._draining = 0, threading.Condition(), False
         # Each selection occupies a thread, from before its message is here.
         most = service.settings.max_queue + STREAMS_BEYOND
         clear_in = service.engine.queue.clear_in
         self._selecting = Room("this server", most, 0, lambda call: not call.admitted, clear_in, limits=("rpcs", ""))
-        self._streams = Counter[str]()
+        self._open = Counter[tuple[str, str]]()  # what peers have open: what, and whose
         self.patience = Patience()
         self.threads = started(most + REFUSING, "selection")
         service.readers = started(service.settings.max_queue + 2 * STREAMS_BEYOND, "inbox")
@@ -99,31 +105,36 @@ class Frontend:
 
     @contextmanager
     def selecting(self, call: Call, *, stream: bool = False) -> Iterator[None]:
-        """One RPC that may wait. Raises Busy where there are too many of them, or too many streams of its peer."""
-        with call.times.phase("queue"):  # others may have to make room
-            self._selecting.enter(call)
-        try:
-            if not stream:
-                yield
-                return
-            with self._stream(call.peer):
-                yield
-        finally:
-            self._selecting.leave(call)
+        """One RPC that may wait. Raises Busy where there are too many of them, or too many of its peer."""
+        with self._one_of(call.caller.max_in_flight, "selections", call.peer):
+            with call.times.phase("queue"):  # others may have to make room
+                self._selecting.enter(call)
+            try:
+                with self._one_of(self.service.settings.max_streams_per_peer if stream else None, "streams", call.peer):
+                    yield
+            finally:
+                self._selecting.leave(call)
 
     @contextmanager
-    def _stream(self, peer: str) -> Iterator[None]:
-        most = self.service.settings.max_streams_per_peer
+    def _one_of(self, most: int | None, what: str, peer: str) -> Iterator[None]:
+        """One of what a peer may have open, so many at a time; None: any number."""
+        if most is None:
+            yield
+            return
         with self._ended:
-            if self._streams[peer] >= most:
-                raise Busy(f"this client has {most} streams open already", retry_after=RETRY_AFTER, limit="streams")
-            self._streams[peer] += 1
+            if self._open[what, peer] >= most:
+                raise Busy(f"this client has {most} {what} open already", retry_after=RETRY_AFTER, limit=what)
+            self._open[what, peer] += 1
         try:
             yield
         finally:
             with self._ended:
-                self._streams[peer] -= 1
-                self._streams += Counter()  # forgets peers without streams
+                self._open[what, peer] -= 1
+                self._open += Counter()  # forgets what nobody has
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """Who calls. Raises Unauthenticated."""
+        return ANYONE if self._tokens is None else self._tokens.caller(context.invocation_metadata())
 
     @contextmanager
     def visit(self, rpc: str, context: grpc.ServicerContext) -> Iterator[Call]:
@@ -137,6 +148,8 @@ class Frontend:
         try:
             if not context.add_callback(call.leave):
                 call.leave()
+            call.caller = self.caller(context)  # before anything else is read
+            call.peer = call.caller.name or call.peer
             self.name(call, str(metadata.get("x-request-id", "")))
             with self._counted():
                 yield call
@@ -187,13 +200,13 @@ class Frontend:
         check_request_id(request_id)
         call.request_id = request_id or call.request_id
 
-    def message(self, messages: Iterator[bytes], call: Call, context: grpc.ServicerContext) -> bytes:
-        """The one message of a unary RPC. One that takes too long to come ends as CANCELLED.
+    def message(self, messages: Iterator[bytes], call: Call, context: grpc.ServicerContext, seconds: float) -> bytes:
+        """The one message of a unary RPC. One that takes longer to come ends as CANCELLED.
 
         Raises InvalidInput where there is none, Cancelled or Busy where it is not to be waited for.
         """
         try:
-            with self.patience.ended_after(self.service.settings.upload_grace, context, call):
+            with self.patience.ended_after(seconds, context, call):
                 data = next(messages, None)
         except grpc.RpcError as error:
             call.check()
@@ -201,7 +214,7 @@ class Frontend:
         call.check()
         if data is None:
             raise InvalidInput("this method needs one message; there is none")
-        return self.came(call, data)
+        return data
 
     def came(self, call: Call, data: bytes) -> bytes:
         """Counts a message of a selection."""
@@ -221,7 +234,9 @@ class SelectionServicer:
         frontend, service = self.frontend, self.frontend.service
         with frontend.visit("Select", context) as call, frontend.selecting(call):
             with call.times.phase("receive"):
-                message = wire.read(selection_pb2.SelectRequest, frontend.message(messages, call, context))
+                data = frontend.message(messages, call, context, service.settings.upload_grace)
+                message = wire.read(selection_pb2.SelectRequest, frontend.came(call, data))
+                del data
             call.strategy = wire.strategy_name(message.strategy)
             frontend.name(call, message.request_id)
             request, fetch = service.read(message, call, {})
@@ -260,10 +275,12 @@ class StrategyServicer:
     def __init__(self, frontend: Frontend) -> None:
         self.frontend = frontend
 
-    def ListStrategies(self, data: bytes, context: grpc.ServicerContext) -> strategy_pb2.ListStrategiesResponse:
+    def ListStrategies(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext
+    ) -> strategy_pb2.ListStrategiesResponse:
         """Describes every strategy."""
-        with self.frontend.visit("ListStrategies", context):
-            wire.read(strategy_pb2.ListStrategiesRequest, data)
+        with self.frontend.visit("ListStrategies", context) as call:
+            wire.read(strategy_pb2.ListStrategiesRequest, self.frontend.message(messages, call, context, PROMPT))
             return self.frontend.service.list_strategies()
         raise AssertionError("a visit ends with an answer or an abortion")
 
@@ -274,10 +291,12 @@ class ServerServicer:
     def __init__(self, frontend: Frontend) -> None:
         self.frontend = frontend
 
-    def GetServerInfo(self, data: bytes, context: grpc.ServicerContext) -> server_pb2.GetServerInfoResponse:
+    def GetServerInfo(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext
+    ) -> server_pb2.GetServerInfoResponse:
         """Describes the server."""
-        with self.frontend.visit("GetServerInfo", context):
-            wire.read(server_pb2.GetServerInfoRequest, data)
+        with self.frontend.visit("GetServerInfo", context) as call:
+            wire.read(server_pb2.GetServerInfoRequest, self.frontend.message(messages, call, context, PROMPT))
             return self.frontend.service.server_info()
         raise AssertionError("a visit ends with an answer or an abortion")
 
@@ -308,12 +327,12 @@ def add_services(frontend: Frontend, server: grpc.Server) -> list[str]:
             ),
         },
         strategy_pb2: {
-            "ListStrategies": grpc.unary_unary_rpc_method_handler(
+            "ListStrategies": grpc.stream_unary_rpc_method_handler(
                 strategies.ListStrategies, None, strategy_pb2.ListStrategiesResponse.SerializeToString
             )
         },
         server_pb2: {
-            "GetServerInfo": grpc.unary_unary_rpc_method_handler(
+            "GetServerInfo": grpc.stream_unary_rpc_method_handler(
                 info.GetServerInfo, None, server_pb2.GetServerInfoResponse.SerializeToString
             )
         },

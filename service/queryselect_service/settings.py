@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import ipaddress
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,6 +19,8 @@ from urllib.parse import urlsplit
 
 PREFIX = "QUERYSELECT_"
 MIB = 1 << 20
+#: What says whether, where all is text: bool("false") would be true.
+TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def setting(
@@ -40,6 +43,20 @@ class Settings:
     metrics_port: int = setting(
         9090, "port for Prometheus' /metrics; -1 for none, 0 takes a free one", low=-1, high=65_535
     )
+    health_port: int = setting(
+        -1,
+        "port for health checks alone, in plain text, for probes that speak no TLS; -1 for none, 0 takes a free one",
+        low=-1,
+        high=65_535,
+    )
+    tls_cert: str = setting("", "PEM file of the server's certificate and those that lead to its CA; empty: no TLS")
+    tls_key: str = setting("", "PEM file of the certificate's private key")
+    tls_client_ca: str = setting("", "PEM file of CAs, of one of which clients must show a certificate; empty: none")
+    token_file: str = setting("", "TOML file of tokens, of which callers must show one; empty: whoever comes may call")
+    allow_plaintext_tokens: bool = setting(
+        False, "tokens without TLS on an address beyond loopback, where a proxy in front of this server ends TLS"
+    )
+    reflection: bool = setting(True, "whether tools may ask for the proto")
     device: str = setting("auto", "torch device for selections; auto: cuda where there is one, else cpu")
     log_level: str = setting("INFO", "least severity that is logged")
     log_format: str = setting("auto", "form of the log: json, text, or auto, which is text on a terminal and else json")
@@ -81,6 +98,15 @@ class Settings:
                 raise ValueError(f"{each.name} must be at most {high}; it is {value}")
         if self.otlp_endpoint:
             self._check_address(self.otlp_endpoint)
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key need each other; only one is set")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key; they are not set")
+        if self.token_file and not (self.tls_cert or self.allow_plaintext_tokens or _is_loopback(self.host)):
+            raise ValueError(
+                f"tokens would travel in clear text to {self.host}: set tls_cert and tls_key, or "
+                "allow_plaintext_tokens where a proxy in front ends TLS"
+            )
 
     @staticmethod
     def _check_address(address: str) -> None:
@@ -103,6 +129,23 @@ class Settings:
         return "\n".join(f"{name} = {value!r}" for name, value in self.told().items())
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may lead anywhere
+        return False
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in TRUTHS:
+        raise argparse.ArgumentTypeError(f"must be true or false; it is {text!r}")
+    return TRUTHS[text.lower()]
+
+
+#: What makes a setting of a text.
+PARSERS: dict[type, Callable[[str], Any]] = {str: str, int: int, float: float, bool: _truth}
+
+
 def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """The settings from flags, then environment variables, then the TOML file of --config, then defaults.
 
@@ -114,7 +157,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     for each in dataclasses.fields(Settings):
         flag = "--" + each.name.replace("_", "-")
         doc = f"{each.metadata['doc']} (default {each.default}; environment: {PREFIX}{each.name.upper()})"
-        parser.add_argument(flag, type=kinds[each.name], default=None, help=doc.replace("%", "%%"))
+        parser.add_argument(flag, type=PARSERS[kinds[each.name]], default=None, help=doc.replace("%", "%%"))
     flags = vars(parser.parse_args(arguments))
 
     given: dict[str, Any] = {}
@@ -140,7 +183,7 @@ def _convert(name: str, value: Any, kind: type) -> Any:
     """A text becomes what it says; a value that TOML or argparse gave a type already must have the right one."""
     try:
         if isinstance(value, str) or type(value) is kind or (kind is float and type(value) is int):
-            return kind(value)
-    except ValueError:
+            return PARSERS[kind](value) if isinstance(value, str) else kind(value)
+    except (ValueError, argparse.ArgumentTypeError):
         pass
     raise ValueError(f"{name} must be of type {kind.__name__}; it is {value!r}")

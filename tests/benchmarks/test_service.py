@@ -60,6 +60,16 @@ def test_parts_are_measured_and_kept_beside_those_of_earlier_runs(tmp_path, caps
     assert "answers under overload" in printed
 
 
+def test_every_kind_of_bad_token_is_timed(tmp_path, capsys):
+    assert main(["tokens", "--quick", "--results", str(tmp_path)]) == 0
+    times = kept(tmp_path)["parts"]["tokens"]["times"]
+    assert len(times) == 3
+    for rows in times.values():
+        assert {"right", "wrong last digit", "unknown name", "missing", "malformed"} <= set(rows)
+        assert all(0 < row["p10 us"] <= row["p50 us"] <= row["p90 us"] for row in rows.values())
+    assert "wrong first digit" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("call", list(cancel.beside(2000)), ids=lambda call: call.title)
 def test_what_is_cancelled_beside_kernels_is_a_request(local, call):
     row = cancel.stretches(call, 60)

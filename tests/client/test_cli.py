@@ -148,6 +148,8 @@ def test_serve_answers_until_it_is_told_to_stop() -> None:
         (["--port", "-5"], "port must be at least 0; it is -5"),
         (["--max-rows", "0"], "max_rows must be at least 1; it is 0"),
         (["--queue-wait", "nan"], "queue_wait must be at least 0; it is nan"),
+        (["--tls-cert", "a.crt"], "tls_cert and tls_key need each other; only one is set"),
+        (["--host", "0.0.0.0", "--token-file", "a.toml"], "tokens would travel in clear text to 0.0.0.0"),
         (["--config", "{tmp}/missing.toml"], "missing.toml"),
         (["--config", "{tmp}/name.toml"], "there is no setting prot; there are host, port"),
         (["--config", "{tmp}/type.toml"], "port must be of type int; it is 'many'"),
@@ -190,6 +192,7 @@ def test_a_server_that_can_not_start_says_why(target: str) -> None:
         (["--device", "toaster"], "toaster"),
         (["--device", "cuda:99"], "device cuda:99 does not work"),
         (["--log-level", "LOUD"], "log_level must be one of"),
+        (["--token-file", "none.toml"], "token_file none.toml: No such file or directory"),
     ]
     # In processes of their own: a start touches signals and logging.
     with ThreadPoolExecutor(len(cases)) as threads:

@@ -196,6 +196,13 @@ def test_a_token_does_not_travel_in_clear_text() -> None:
     Client("selection.example.org:50051", token="secret", tls=True).close()
 
 
+@pytest.mark.parametrize("token", ["secret\n", "secret\r\nx: y", "sécret", "secret\0", "\tsecret"])
+def test_a_token_that_can_not_travel_is_refused_at_once_and_not_told(token: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII") as caught:
+        Client("localhost:1", token=token)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("options", [{"retries": -1}, {"retries": 1.5}, {"timeout": "5"}, {"timeout": float("nan")}])
 def test_wrong_options_of_a_client_are_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="needs a"):

@@ -10,7 +10,10 @@ from typing import get_type_hints
 import pytest
 
 from queryselect._client import Options
+from queryselect.v1 import server_pb2
+from queryselect_service import auth
 from queryselect_service import strategy as strategies
+from queryselect_service.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = (
@@ -19,6 +22,7 @@ PAGES = (
     "docs/licences.md",
     "docs/operations.md",
     "docs/references.md",
+    "docs/security.md",
     "benchmarks/reproductions/README.md",
     "examples/README.md",
 )
@@ -37,6 +41,16 @@ def test_what_choosing_names_exists():
     parameters = {field.name for each in strategies.STRATEGIES.values() for field in dataclasses.fields(each.spec)}
     named = set(NAMED.findall((ROOT / "docs" / "choosing.md").read_text()))
     assert named <= NAMES | parameters | set(get_type_hints(Options))
+
+
+def test_the_threat_model_tells_of_every_limit_and_of_nothing_else():
+    """A name in backticks is a setting or a key of a token's entry; `allow_uris` comes with reading by reference."""
+    named = set(NAMED.findall((ROOT / "docs" / "security.md").read_text()))
+    settings = {field.name for field in dataclasses.fields(Settings)}
+    limits = {each.name for each in server_pb2.Limits.DESCRIPTOR.fields}
+    assert {each if each in settings else f"max_{each}" for each in limits} <= named
+    assert {each for each in settings if each.startswith(("tls_", "token_", "allow_"))} <= named
+    assert {each for each in named if "_" in each} <= settings | set(auth.LIMITS) | {"allow_uris"}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -228,7 +228,7 @@ def free(running: server.Server, seconds: float = 2.0) -> None:
 
     def held():
         rooms = (engine.host.taken, engine.host.reserved, len(engine.queue))
-        return rooms, frontend._running, frontend._selecting.taken, dict(frontend._streams), len(READING)
+        return rooms, frontend._running, frontend._selecting.taken, dict(frontend._open), len(READING)
 
     while held() != ((0, 0, 0), 0, 0, {}, 0) and time.monotonic() < until:
         time.sleep(0.005)

@@ -12,6 +12,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from queryselect.v1 import selection_pb2_grpc
+from queryselect_service import server, servicer
+from tests.service import http2
 from tests.service.streams import Talk, ask, serves, start, streamed, waiting, whole
 from tests.service.test_errors import FAR, at_work, busy, request, sleepy, tensor
 
@@ -151,3 +153,38 @@ def test_health_answers_while_every_thread_of_selections_is_taken(serve, peers):
         each.cancel()
     stop.set()
     serves(own, channel)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "queryselect.v1.ServerService/GetServerInfo",
+        "queryselect.v1.StrategyService/ListStrategies",
+        "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/Watch",
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+def test_requests_without_a_message_do_not_hold_up_others_for_long(serve, method, monkeypatch):
+    """More than there are threads, none of which says what it wants; health elsewhere notices nothing."""
+    for module in (server, servicer):
+        monkeypatch.setattr(module, "PROMPT", 0.3)
+    own, channel = serve(health_port=0)
+    with ExitStack() as stack:
+        for _ in range(2 * server.THREADS):
+            stack.enter_context(http2.begin(own.port, f"/{method}"))
+        with grpc.insecure_channel(f"127.0.0.1:{own.health_port}") as plain:
+            assert health_pb2_grpc.HealthStub(plain).Check(health_pb2.HealthCheckRequest(), timeout=2).status == 1
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    serves(own, channel)
+
+
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+def test_health_is_told_what_is_missing(serve, method):
+    _, channel = serve()
+    call = channel.stream_unary(f"/grpc.health.v1.Health/{method}")
+    with pytest.raises(grpc.RpcError) as caught:
+        call(iter(()), timeout=5)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "needs one message" in caught.value.details()

@@ -188,6 +188,14 @@ def test_num_rows_that_agrees_is_welcome(channel):
     assert selection_pb2_grpc.SelectionServiceStub(channel).Select(margin(pool={"num_rows": 10})).HasField("indices")
 
 
+@pytest.mark.parametrize("method", ["grpc.health.v1.Health/Check", "queryselect.v1.SelectionService/Select"])
+def test_a_small_message_that_unpacks_to_a_large_one_is_refused(channel, method):
+    with pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary(f"/{method}")(bytes(66 << 20), timeout=30, compression=grpc.Compression.Gzip)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in caught.value.details()
+
+
 def test_a_taken_port_is_an_error(running):
     with pytest.raises(RuntimeError, match="bind"):
         server.start(Settings(port=running.port, metrics_port=-1))

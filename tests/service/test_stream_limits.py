@@ -135,7 +135,7 @@ def test_a_client_has_so_many_streams(serve):
         first.end()
         first.until("result")
         until = time.monotonic() + 2
-        while sum(own.frontend._streams.values()) > 1 and time.monotonic() < until:
+        while sum(own.frontend._open.values()) > 1 and time.monotonic() < until:
             time.sleep(0.005)
         assert ask(channel, whole(request())).response
         second.end()

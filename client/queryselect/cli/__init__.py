@@ -6,7 +6,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = {"serve": "start a server (needs the [service] extra)", "health": "ask whether a server is ready"}
+COMMANDS = {
+    "serve": "start a server (needs the [service] extra)",
+    "health": "ask whether a server is ready",
+    "token": "make a bearer token for a server's token file",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,86 @@
+"""TLS whose certificates are replaced while the server serves.
+
+Requirements that the design meets:
+
+- A new certificate is that of the next connection: files are looked at whenever one begins. Connections that are there
+  keep theirs, and no request is dropped.
+- What is read at different times does not mix: a key that is not the certificate's is never used, and the pair that was
+  there goes on.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from queryselect_service.reload import Reloaded
+from queryselect_service.settings import Settings
+
+
+def credentials(settings: Settings) -> grpc.ServerCredentials:
+    """What a port needs to speak TLS. Raises ValueError for files that can't be used."""
+    cert, key = Path(settings.tls_cert), Path(settings.tls_key)
+    authorities = Path(settings.tls_client_ca) if settings.tls_client_ca else None
+    files = [cert, key] if authorities is None else [cert, key, authorities]
+    pair = Reloaded("certificate", files, lambda: _read(cert, key, authorities))
+    given = pair.get()
+    news: Any = _news(pair, given)  # its stubs do not know of None
+    return grpc.dynamic_ssl_server_credentials(given, news, authorities is not None)
+
+
+def _news(
+    pair: Reloaded[grpc.ServerCertificateConfiguration], given: grpc.ServerCertificateConfiguration
+) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
+    """What gRPC asks at every new connection: the pair where it is another than before, else None."""
+
+    def news() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal given
+        now = pair.get()
+        if now is given:
+            return None  # gRPC would make everything anew
+        given = now
+        return now
+
+    return news
+
+
+def _read(cert: Path, key: Path, authorities: Path | None) -> grpc.ServerCertificateConfiguration:
+    """The pair, and whom to trust. Raises ValueError where they are no PEM or don't belong together."""
+    paths = {"tls_cert": cert, "tls_key": key} | ({} if authorities is None else {"tls_client_ca": authorities})
+    before = {name: _bytes(name, path) for name, path in paths.items()}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key, password=_no_password)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tls_cert {cert} and tls_key {key}: {_words(error)}") from None
+    if authorities is not None:
+        try:
+            context.load_verify_locations(authorities)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tls_client_ca {authorities}: {_words(error)}") from None
+    if before != {name: _bytes(name, path) for name, path in paths.items()}:  # OpenSSL has read by itself
+        raise ValueError("the files of tls_cert, tls_key and tls_client_ca are being written just now")
+    pair = (before["tls_key"], before["tls_cert"])
+    return grpc.ssl_server_certificate_configuration([pair], before.get("tls_client_ca"))
+
+
+def _bytes(name: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{name} {path}: {error.strerror}") from None
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted; it must not be")  # or OpenSSL would ask whoever started the server
+
+
+def _words(error: Exception) -> str:
+    """What OpenSSL has to say, in words."""
+    if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+        return "the key is not the certificate's"
+    return "no PEM that can be used" if isinstance(error, ssl.SSLError) else str(error)
