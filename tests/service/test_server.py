@@ -86,7 +86,8 @@ def test_server_info_tells_devices_limits_and_types(remote: Client, running):
     assert info.limits.queue_wait.ToSeconds() == 120
     assert info.limits.upload_grace.ToSeconds() == 60
     assert info.limits.min_upload_rate == 64 << 10
-    assert len(info.limits.ListFields()) == 16
+    assert info.limits.sources == 64
+    assert len(info.limits.ListFields()) == 17
     assert len(info.dtypes) == 8
     assert list(info.uri_schemes) == []
     assert info.recommended_chunk_bytes == 1 << 20
@@ -103,6 +104,7 @@ def test_the_default_limits_are_those_documented():
         "max_id_bytes": 128,
         "max_quotas": 8,
         "max_references": 16,
+        "max_sources": 64,
         "max_streams_per_peer": 64,
         "max_queue": 64,
     }
