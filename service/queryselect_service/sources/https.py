@@ -73,7 +73,7 @@ class Web:
             if response.status != 206:
                 _refuse(response.status)
             first, last, size = self._told(response, start, stop)
-            data = self._take(response, last + 1 - first)
+            data = take(response.read1, last + 1 - first, self._check)
         finally:
             response.close() if response.length_remaining else response.release_conn()
         self._same(response.headers, size)
@@ -88,19 +88,6 @@ class Web:
             raise Content("its server compresses what it was asked to send as it is")
         return first, last, size
 
-    def _take(self, response: urllib3.BaseHTTPResponse, size: int) -> bytes:
-        """So many bytes and no more, within a time."""
-        data, until = bytearray(), time.monotonic() + WHOLE
-        while len(data) < size:
-            self._check()
-            if time.monotonic() > until:
-                raise SourceUnavailable(f"{len(data)} of {size} bytes came within {WHOLE:g} s")
-            some = response.read1(min(size - len(data), 1 << 20))
-            if not some:
-                raise SourceUnavailable(f"{len(data)} of {size} bytes came")
-            data += some
-        return bytes(data)
-
     def _same(self, headers: Headers, size: int) -> None:
         """Raises ObjectChanged where the object is not what it was, by its etag or, without one, its date."""
         etag = headers.get("ETag", "")
@@ -109,6 +96,20 @@ class Web:
             self._etag, self.version, self.size = etag, version, size
         elif (version, size) != (self.version, self.size):
             raise ObjectChanged("it changed while it was read")
+
+
+def take(read: Callable[[int], bytes], size: int, check: Callable[[], None]) -> bytes:
+    """So many bytes and no more, within a time, of what `read` gives at most so many of. check: called in between."""
+    data, until = bytearray(), time.monotonic() + WHOLE
+    while len(data) < size:
+        check()
+        if time.monotonic() > until:
+            raise SourceUnavailable(f"{len(data)} of {size} bytes came within {WHOLE:g} s")
+        some = read(min(size - len(data), 1 << 20))
+        if not some:
+            raise SourceUnavailable(f"{len(data)} of {size} bytes came")
+        data += some
+    return bytes(data)
 
 
 def open_object(address: Address, _: Address, check: Callable[[], None]) -> Web:

@@ -8,7 +8,6 @@ is asked for at that region's own endpoint.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NoReturn
@@ -19,7 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
 from queryselect_service.errors import NotFound, ObjectChanged, PermissionDenied, SourceUnavailable
 from queryselect_service.sources.address import Address
-from queryselect_service.sources.https import CONNECT, SILENCE, TRIES, WHOLE
+from queryselect_service.sources.https import CONNECT, SILENCE, TRIES, take
 from queryselect_service.sources.objects import HEAD_BYTES, Content, bare
 
 _LOCK = threading.Lock()
@@ -50,7 +49,7 @@ class Key:
             )
             with answer["Body"] as body:
                 size = int(answer.get("ContentRange", "/-1").rpartition("/")[2])
-                data = self._take(body, min(stop, size) - start)
+                data = take(body.read, min(stop, size) - start, self._check)
         except ClientError as error:
             _refuse(error.response)
         except HTTPClientError as error:
@@ -62,17 +61,6 @@ class Key:
         elif (answer["ETag"], size) != (self._etag, self.size):
             raise ObjectChanged("it changed while it was read")
         return data
-
-    def _take(self, body: Any, size: int) -> bytes:
-        """So many bytes and no more, within a time."""
-        data, until = bytearray(), time.monotonic() + WHOLE
-        while len(data) < size:
-            self._check()
-            some = body.read(min(size - len(data), 1 << 20))
-            if not some or time.monotonic() > until:
-                raise SourceUnavailable(f"{len(data)} of {size} bytes came")
-            data += some
-        return bytes(data)
 
 
 def open_object(address: Address, _: Address, check: Callable[[], None]) -> Key:
