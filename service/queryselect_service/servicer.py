@@ -110,19 +110,19 @@ class Frontend:
             with call.times.phase("queue"):  # others may have to make room
                 self._selecting.enter(call)
             try:
-                with self._one_of(self.service.settings.max_streams_per_peer if stream else None, "streams", call.peer):
+                if not stream:
+                    yield
+                    return
+                with self._one_of(self.service.settings.max_streams_per_peer, "streams", call.peer):
                     yield
             finally:
                 self._selecting.leave(call)
 
     @contextmanager
     def _one_of(self, most: int | None, what: str, peer: str) -> Iterator[None]:
-        """One of what a peer may have open, so many at a time; None: any number."""
-        if most is None:
-            yield
-            return
+        """One of what a peer may have open, so many at a time; None: any number. Counted even so: limits change."""
         with self._ended:
-            if self._open[what, peer] >= most:
+            if most is not None and self._open[what, peer] >= most:
                 raise Busy(f"this client has {most} {what} open already", retry_after=RETRY_AFTER, limit=what)
             self._open[what, peer] += 1
         try:

@@ -435,13 +435,13 @@ def test_bytes_of_a_token(guarded):
 
 def test_selections_of_a_token_at_a_time(guarded):
     own, channel, file = guarded
-    put(file, stanza(max_in_flight=2) + stanza(LAB))
     stub = selection_pb2_grpc.SelectionServiceStub(channel)
     with Talk(channel, start(request(FAR)), metadata=bearer()), Talk(channel, metadata=bearer()):
         until = time.monotonic() + 5
         while own.frontend._selecting.taken < 2:
             assert time.monotonic() < until
             time.sleep(0.005)
+        put(file, stanza(max_in_flight=2) + stanza(LAB))  # a new limit counts what was open before it
         busy(lambda: stub.Select(request(), metadata=bearer()), "this client has 2 selections open already")
         busy(lambda: ask(channel, whole(request()), metadata=bearer()), "selections open")
         assert stub.Select(request(), metadata=bearer(LAB[0])).HasField("indices")
