@@ -50,7 +50,7 @@ class Call:
     admitted: whether it has its place and its memory. reserved: the bytes that were set aside then. begun: whether the
     device has worked for it. stirred: set when anything happened that whoever waits for this call should look at.
     strategy, sizes: what it asks for, by a name that this server knows and by letter, as far as that has been read.
-    uploaded: the bytes of its messages so far. times: where its time goes.
+    uploaded: the bytes of its messages so far. fetched: of its tensors, read by reference. times: where its time goes.
     """
 
     request_id: str
@@ -65,6 +65,7 @@ class Call:
     strategy: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)
     uploaded: int = 0
+    fetched: int = 0
     times: Times = field(default_factory=Times)
     gone: threading.Event = field(default_factory=threading.Event)
     stirred: threading.Event = field(default_factory=threading.Event)

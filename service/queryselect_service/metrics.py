@@ -76,6 +76,7 @@ class Metrics:
         )
         self.out_of_memory = counter("oom_total", "Requests that ran out of memory in spite of the estimate")
         self.uploaded = counter("upload_bytes_total", "Bytes of requests for selections, as they come")
+        self.fetched = counter("source_bytes_total", "Bytes of tensors read by reference, once their RPC has ended")
         self.duration = histogram(
             "request_duration_seconds",
             "Time from an RPC's arrival to its answer, by method and query strategy",
@@ -122,6 +123,7 @@ class Metrics:
             self._rejected(reason).inc()
             if reason == "OUT_OF_MEMORY":
                 self.out_of_memory.inc()
+        self.fetched.inc(call.fetched)
         if call.admitted:
             self._queued(strategy).observe(times.seconds("queue"))
             self._received(strategy).observe(times.seconds("receive"))

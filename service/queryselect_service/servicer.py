@@ -185,6 +185,7 @@ class Frontend:
             phase=times.last if code.name in LEFT else None,
             sizes=dict(call.sizes) or None,
             upload_bytes=call.uploaded or None,
+            source_bytes=call.fetched or None,
             reserved_bytes=call.reserved or None,
             seconds={
                 **{phase: round(times.seconds(phase), 6) for phase in times.spans},

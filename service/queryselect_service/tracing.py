@@ -64,6 +64,8 @@ class Tracing:
         attributes.update({f"queryselect.{letter}": size for letter, size in call.sizes.items()})
         if call.uploaded:
             attributes["queryselect.upload_bytes"] = call.uploaded
+        if call.fetched:
+            attributes["queryselect.source_bytes"] = call.fetched
         if reason is not None:
             attributes["queryselect.reason"] = reason
         span = self._tracer.start_span(

@@ -10,11 +10,12 @@ import urllib.error
 import urllib.request
 
 import grpc
+import numpy as np
 import pytest
 from prometheus_client import parser as text_parser
 from prometheus_client.openmetrics import parser as open_parser
 
-from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2
+from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2, tensor_pb2
 from queryselect_service import endpoint, engine, server
 from queryselect_service import metrics as module
 from queryselect_service.settings import Settings
@@ -92,6 +93,17 @@ def test_a_stream_is_too_and_its_bytes_count_as_they_come(serve):
     assert seen.more("upload_bytes_total") > sum(map(len, data.values()))
     assert seen.now("admitted_bytes", kind="host") == 0
     assert seen.more("kernel_duration_seconds_count", strategy="margin") == 1
+
+
+def test_bytes_that_are_read_by_reference_are_none_that_come(serve, tmp_path):
+    started, channel = serve(allow_uris=tmp_path.as_uri())
+    np.save(tmp_path / "pool.npy", X)
+    message = request(FAR, embeddings=tensor_pb2.Tensor(ref=tensor_pb2.TensorRef(uri=(tmp_path / "pool.npy").as_uri())))
+    seen = Seen(started)
+    select(channel, message)
+    seen.grows("requests_total", rpc="Select", strategy="k_center_greedy", code="OK")
+    assert seen.more("source_bytes_total") == X.nbytes
+    assert seen.more("upload_bytes_total") == message.ByteSize()
 
 
 def test_what_is_only_checked_had_no_kernel_and_no_wait(serve):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import accumulate, repeat
@@ -56,7 +57,7 @@ def _open(kind: type[_Column], source: Object, column: str | None, rows: tuple[r
     return kind(source, column, rows)
 
 
-class _Column:
+class _Column(ABC):
     """A column as pyarrow reads it: its type, and the stretches of rows that it can be read in."""
 
     name: str
@@ -134,21 +135,21 @@ class _Column:
             raise Content(f"row {at + start} or one after it has null entries")
         return np.ascontiguousarray(array.to_numpy(zero_copy_only=False)).view(np.uint8)
 
+    @abstractmethod
     def _begin(self, file: Any) -> Any:
         """Opens the file; its schema."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _lengths(self) -> list[int]:
         """The rows of every group, or batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _batches(self, group: int, step: int) -> Iterator[Any]:
         """The column's rows of a group, some at a time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _extra(self) -> int:
         """The bytes that reading takes beside the pieces."""
-        raise NotImplementedError
 
 
 class _Parquet(_Column):

@@ -196,8 +196,13 @@ class Fetch:
             error.message, error.field = f"{array.path}, read by reference: {error.message}", array.path
             raise
 
+    def _piece(self, future: Future[Piece], array: Array) -> Piece:
+        piece = self._wait(future, array)
+        self._call.fetched += len(piece)
+        return piece
+
     def _feed(self, array: Array) -> _Feed:
-        feed = _Feed(array, self._readers[array.path], self._threads, lambda future: self._wait(future, array))
+        feed = _Feed(array, self._readers[array.path], self._threads, lambda future: self._piece(future, array))
         self._feeds.append(feed)
         return feed
 

@@ -17,7 +17,7 @@ import urllib3
 
 from queryselect_service.errors import NotFound, ObjectChanged, PermissionDenied, ServiceError, SourceUnavailable
 from queryselect_service.sources.address import Address
-from queryselect_service.sources.objects import HEAD_BYTES, Content, bare
+from queryselect_service.sources.objects import Content, Remote, bare
 
 #: Seconds to connect, between two bytes, and for all bytes of one read; how often a read is tried.
 CONNECT, SILENCE, WHOLE, TRIES = 5.0, 15.0, 60.0, 3
@@ -27,20 +27,14 @@ _AGAIN = (408, 429, 500, 502, 503, 504)
 Headers = Mapping[str, str]
 
 
-class Web:
+class Web(Remote):
     """An object on a web server."""
 
     def __init__(self, url: str, check: Callable[[], None], headers: Callable[[], Headers] = dict) -> None:
         """check: called while bytes come; may raise. headers: of every request, such as credentials."""
         self._url, self._check, self._headers = url, check, headers
         self._etag, self.version, self.size = "", "", -1
-        self._head = self._get(0, HEAD_BYTES)
-
-    def read(self, start: int, stop: int) -> bytes:
-        """See Object."""
-        if stop <= len(self._head):
-            return self._head[start:stop]
-        return self._get(start, stop)
+        super().__init__()
 
     def _get(self, start: int, stop: int) -> bytes:
         for tried in range(TRIES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
@@ -30,6 +31,24 @@ class Object(Protocol):
     def read(self, start: int, stop: int) -> bytes:
         """The bytes [start, stop), all of them. Raises ServiceError, ObjectChanged where it is another version now."""
         ...
+
+
+class Remote(ABC):
+    """An object whose first bytes are kept: that they come tells its size and its version, and headers are there."""
+
+    size: int
+    version: str
+
+    def __init__(self) -> None:
+        self._head = self._get(0, HEAD_BYTES)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """See Object."""
+        return self._head[start:stop] if stop <= len(self._head) else self._get(start, stop)
+
+    @abstractmethod
+    def _get(self, start: int, stop: int) -> bytes:
+        """Those of the bytes [start, stop) that there are, from where the object is."""
 
 
 class Reader(Protocol):

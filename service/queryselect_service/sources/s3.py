@@ -19,26 +19,20 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from queryselect_service.errors import NotFound, ObjectChanged, PermissionDenied, SourceUnavailable
 from queryselect_service.sources.address import Address
 from queryselect_service.sources.https import CONNECT, SILENCE, TRIES, take
-from queryselect_service.sources.objects import HEAD_BYTES, Content, bare
+from queryselect_service.sources.objects import Content, Remote, bare
 
 _LOCK = threading.Lock()
 
 
-class Key:
+class Key(Remote):
     """An object in a bucket."""
 
     def __init__(self, client: Any, bucket: str, key: str, check: Callable[[], None]) -> None:
         """check: called while bytes come; may raise."""
         self._client, self._bucket, self._key, self._check = client, bucket, key, check
         self._etag, self.size = "", -1
-        self._head = self._get(0, HEAD_BYTES)
+        super().__init__()
         self.version = bare(self._etag)
-
-    def read(self, start: int, stop: int) -> bytes:
-        """See Object."""
-        if stop <= len(self._head):
-            return self._head[start:stop]
-        return self._get(start, stop)
 
     def _get(self, start: int, stop: int) -> bytes:
         conditions = {"IfMatch": self._etag} if self._etag else {}
