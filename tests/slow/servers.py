@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -122,12 +123,19 @@ class Served:
 
 
 @contextmanager
-def served(*flags: str) -> Iterator[Served]:
-    """A server of its own flags. In the end it is killed if it lives, and what it logged is printed."""
+def served(*flags: str, **variables: str) -> Iterator[Served]:
+    """A server of its own flags, and variables beside this process's own.
+
+    In the end it is killed if it lives, and what it logged is printed.
+    """
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(
-            [sys.executable, *PLUGGED, *QUIETLY, *flags], stdout=subprocess.PIPE, stderr=log, text=True
+            [sys.executable, *PLUGGED, *QUIETLY, *flags],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **variables},
         ) as running,
     ):
         try:
