@@ -115,7 +115,8 @@ def _entries(pool: selection_pb2.Pool) -> int | None:
     if pool.HasField("num_rows"):
         return pool.num_rows
     given = {each.name for each, _ in pool.ListFields()}
-    return next((getattr(pool, name).shape[0] for name in PER_ROW if name in given), None)
+    shapes = (getattr(pool, name).shape for name in PER_ROW if name in given)
+    return next((shape[0] for shape in shapes if shape), None)  # none: read by reference
 
 
 def _rows(tensor: tensor_pb2.Tensor) -> Array | None:

@@ -1,10 +1,13 @@
-"""Requests made wrong: fields by the proto's descriptors, bytes, and the order and content of a stream's messages."""
+"""Requests made wrong: fields by the descriptors, bytes, a stream's messages, and files that tensors are read from."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import random
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from google.protobuf import struct_pb2
@@ -12,6 +15,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from hypothesis import strategies as st
 
+from benchmarks.service import files
 from queryselect.v1 import selection_pb2, tensor_pb2
 
 StreamRequest = selection_pb2.SelectStreamRequest
@@ -58,6 +62,20 @@ TEXTS = (
 )
 #: Tensors' elements at the edges: NaN, infinities, the largest and the smallest numbers, by their bytes.
 BYTES = (b"\0", b"\xff", b"\x7f\xf0", b"\x7f", b"\x80", b"\x01", b"\xff\xff\x7f\x7f", b"\0\0\xc0\x7f", b"\0\0\x80\xff")
+#: Addresses that nobody may read, and what is put behind one that may be read.
+ADDRESSES = ("file:///etc/hostname", "https://localhost/a.npy", "s3://pools/a.npy", "gs://pools/a.npy", "a.npy", "")
+PATHS = (
+    "",
+    "/",
+    "/..",
+    "/../a.npy",
+    "/%2e%2e/a.npy",
+    "/none.npy",
+    "//a.npy",
+    "/a\0.npy",
+    "/" + "a" * 300 + ".npy",
+    "2/a.npy",
+)
 #: The bytes of varints at the edges: a field's length, a number that takes ten bytes, one that never ends.
 VARINTS = (b"\x80\x80\x80\x80\x10", b"\xff" * 9 + b"\x01", b"\xff" * 11, b"\xff\xff\xff\xff\x07", b"\x80\x00")
 
@@ -278,6 +296,51 @@ class Damage:
             message.MergeFromString(b"\x12\x0b\x10" + b"\xff" * 9 + b"\x7f")  # an offset beyond 64 bits
         messages[at] = message.SerializeToString()
 
+    # References
+
+    def refer(self, message: selection_pb2.SelectRequest, folder: Path) -> tuple[tuple[Path, bytes], ...]:
+        """Puts some of the tensors into files of that folder, and names them instead; some files and names are wrong.
+
+        Gives the files.
+        """
+        found = []
+        for _, tensor in _tensors(message):
+            suffix = self.one_of(files.SUFFIXES)
+            if self.integer(0, 2) == 0 or not _is_good(tensor) or not files.holds(suffix, tensor):
+                continue
+            data = files.content(suffix, tensor, self.one_of(files.COMPRESSIONS.get(suffix, ("",))))
+            data = self.of_bytes(data, data, self.one_of((*[0] * 9, 1, 2, 4)))
+            path = folder / (hashlib.sha256(data).hexdigest()[:20] + suffix)
+            found.append((path, data))
+            reference = tensor_pb2.TensorRef(uri=path.as_uri())
+            if suffix != ".npy":
+                reference.column = files.COLUMN
+            if self.integer(0, 7) == 0:
+                self._reference(reference, folder, [*tensor.shape, 0][0])
+            tensor.ref.CopyFrom(reference)
+            if self.integer(0, 1):
+                tensor.ClearField("dtype")
+            if self.integer(0, 1):
+                tensor.ClearField("shape")
+        return tuple(found)
+
+    def _reference(self, reference: tensor_pb2.TensorRef, folder: Path, rows: int) -> None:
+        """Asks for other rows than all, or for what is not there."""
+        way = self.integer(0, 5)
+        if way == 0:
+            reference.uri = self.one_of((*ADDRESSES, *(folder.as_uri() + each for each in PATHS)))
+        elif way == 1:
+            reference.column = self.one_of((*TEXTS, "other"))
+        elif way == 2:
+            reference.format = self.one_of(tensor_pb2.TensorFormat.values())
+        elif way == 3:
+            reference.version = self.one_of((*TEXTS, '"a"'))
+        else:
+            for _ in range(self.integer(1, 3)):
+                start = self.integer(0, rows)
+                some = (start, self.integer(start, rows)) if way == 4 else [self.one_of(WHOLE[:-1]) for _ in range(2)]
+                reference.rows.add(start=some[0], stop=some[1])
+
     # Draws
 
     def integer(self, low: int, high: int) -> int:
@@ -319,6 +382,12 @@ def _tensors(message: Message, path: str = "") -> Iterator[tuple[str, tensor_pb2
                 yield at, each
             else:
                 yield from _tensors(each, f"{at}.")
+
+
+def _is_good(tensor: tensor_pb2.Tensor) -> bool:
+    """Whether the tensor's bytes are here and as many as they should be."""
+    width = files.WIDTHS.get(tensor.dtype, 0)
+    return tensor.WhichOneof("source") == "data" and len(tensor.data) == math.prod(tensor.shape) * width > 0
 
 
 def _alike(one: Any, other: Any) -> bool:

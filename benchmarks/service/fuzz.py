@@ -55,13 +55,14 @@ PATIENCE, LONG = 10.0, 1.0
 
 @dataclass(frozen=True)
 class Case:
-    """What is sent. end: how a stream's messages end: "close", or "silence", or "cancel"."""
+    """What is sent. end: how a stream's messages end: "close", or "silence", or "cancel". files: that it refers to."""
 
     kind: str
     method: str
     messages: tuple[bytes, ...]
     end: str = "close"
     deadline: float = PATIENCE
+    files: tuple[tuple[Path, bytes], ...] = ()
 
     def __str__(self) -> str:
         sizes = " ".join(str(len(each)) for each in self.messages)
@@ -69,11 +70,11 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, descriptions: Descriptions) -> Case:
-    """Cases of every kind."""
+def cases(draw: st.DrawFn, descriptions: Descriptions, folder: Path) -> Case:
+    """Cases of every kind. folder: where tensors may be read from."""
     number = draw(st.integers(0, 2**64 - 1))
     damage, good = Damage(draw, number), requests(descriptions, number)
-    way, message = damage.integer(0, 19), draw(good)
+    way, message = damage.integer(0, 23), draw(good)
     if way < 10:
         damage.message(message, damage.one_of((0, 0, 1, 1, 1, 2, 3, 6)))
         message.validate_only = damage.integer(0, 19) == 0
@@ -84,18 +85,22 @@ def cases(draw: st.DrawFn, descriptions: Descriptions) -> Case:
         if way == 12:
             return Case("bytes", damage.one_of(DESCRIPTIONS), (changed,))
         return Case("bytes", SELECT, (changed,))
+    files = damage.refer(message, folder) if way > 19 else ()
     if damage.integer(0, 2) == 0:
         damage.message(message, damage.integer(1, 2))
+    if way > 21:
+        return Case("reference", SELECT, (message.SerializeToString(),), files=files)
     messages = damage.stream(message)
     if way == 13:
         messages = [damage.of_bytes(each, messages[0], 1) for each in messages]
     end = damage.one_of(("close",) * 14 + ("cancel",) * 3 + ("silence",))
     deadline = damage.one_of((PATIENCE,) * 14 + (0.0, 0.01, 0.1))
-    return Case("bytes" if way == 13 else "stream", STREAM, tuple(messages), end, deadline)
+    kind = "bytes" if way == 13 else "reference" if files else "stream"
+    return Case(kind, STREAM, tuple(messages), end, deadline, files)
 
 
-def drawn(descriptions: Descriptions, seed: int, group: int) -> list[Case]:
-    """One group of cases, the same for the same seed and number of the group."""
+def drawn(descriptions: Descriptions, folder: Path, seed: int, group: int) -> list[Case]:
+    """One group of cases, the same for the same folder, seed and number of the group."""
     found: list[Case] = []
 
     @hypothesis.seed(seed * 1_000_003 + group)
@@ -107,7 +112,7 @@ def drawn(descriptions: Descriptions, seed: int, group: int) -> list[Case]:
         suppress_health_check=list(hypothesis.HealthCheck),
         verbosity=hypothesis.Verbosity.quiet,
     )
-    @hypothesis.given(cases(descriptions))
+    @hypothesis.given(cases(descriptions, folder))
     def draw(case: Case) -> None:
         found.append(case)
 
@@ -128,7 +133,8 @@ class Failure:
         if self.case is None:
             return f"seed {self.seed}, after case {self.number - 1}: {self.wrong}"
         data = " ".join(each.hex() for each in self.case.messages)
-        return f"seed {self.seed}, case {self.number}: {self.case}: {self.wrong}\n  {data}"
+        files = "".join(f"\n  {path.name} {data.hex()}" for path, data in self.case.files)
+        return f"seed {self.seed}, case {self.number}: {self.case}: {self.wrong}\n  {data}{files}"
 
 
 @dataclass
@@ -161,13 +167,15 @@ class Outcome:
 
 def fuzz(
     target: str,
+    folder: Path,
     cases: int,
     seed: int,
     settled: Callable[[], None] = lambda: None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Outcome:
-    """Sends so many cases. settled: called after each batch; raises where the server is not as it was.
+    """Sends so many cases. folder: which the server may read.
 
+    settled: called after each batch; raises where the server is not as it was.
     progress: told how many cases were sent since it was told last.
     """
     outcome, started = Outcome(), time.monotonic()
@@ -175,7 +183,7 @@ def fuzz(
         descriptions = described(channel)
         for first in range(0, cases, BATCH):
             groups = range(first // GROUP, (first + BATCH) // GROUP)
-            batch = [case for group in groups for case in drawn(descriptions, seed, group)][: cases - first]
+            batch = [case for group in groups for case in drawn(descriptions, folder, seed, group)][: cases - first]
             answers = threads.map(lambda case: send(channel, case), batch)
             for number, (case, answer) in enumerate(zip(batch, answers, strict=True), first):
                 _note(outcome, seed, number, case, answer)
@@ -219,6 +227,8 @@ class Answer:
 
 def send(channel: grpc.Channel, case: Case) -> Answer:
     """Sends a case and looks at what comes back."""
+    for path, data in case.files:
+        path.write_bytes(data)
     started, picked, wrong, code = time.monotonic(), "", "", grpc.StatusCode.OK
     try:
         picked = _stream(channel, case) if case.method == STREAM else _unary(channel, case)
@@ -290,15 +300,19 @@ def _start(case: Case) -> selection_pb2.SelectRequest:
 
 
 @contextmanager
-def fuzzed_server() -> Iterator[tuple[str, int, Callable[[], None]]]:
-    """A server with small limits: its address, its process, and what raises Wrong where it is not as it was."""
+def fuzzed_server() -> Iterator[tuple[str, Path, int, Callable[[], None]]]:
+    """A server with small limits.
+
+    Its address, a folder that it may read, its process, and what raises Wrong where it is not as it was.
+    """
     with (
         tempfile.NamedTemporaryFile("w") as errors,
-        process(*SERVER, errors=errors) as (pid, (port, metrics)),
+        tempfile.TemporaryDirectory() as folder,
+        process(*SERVER, "--allow-uris", Path(folder).as_uri(), errors=errors) as (pid, (port, metrics)),
         Path(errors.name).open() as log,
         grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
-        yield f"127.0.0.1:{port}", pid, lambda: check_settled(channel, metrics, log)
+        yield f"127.0.0.1:{port}", Path(folder), pid, lambda: check_settled(channel, metrics, log)
 
 
 def check_settled(channel: grpc.Channel, metrics: int, log: IO[str]) -> None:
@@ -337,9 +351,9 @@ def show(found: dict[str, Any]) -> str:
 
 def _run(cases: int, seed: int) -> tuple[Outcome, float]:
     """The outcome of so many cases, and by how many MB the memory of the server grew."""
-    with fuzzed_server() as (target, pid, settled), tqdm(total=cases, unit=" cases") as bar:
+    with fuzzed_server() as (target, folder, pid, settled), tqdm(total=cases, unit=" cases") as bar:
         usage = Usage(pid)
-        return fuzz(target, cases, seed, settled, bar.update), usage.now
+        return fuzz(target, folder, cases, seed, settled, bar.update), usage.now
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -352,19 +366,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="the number of a case to send alone, and to keep as files")
     chosen = parser.parse_args(arguments)
     if chosen.only is not None:
-        with fuzzed_server() as (target, _, settled):
-            return _again(target, chosen.seed, chosen.only, settled)
+        with fuzzed_server() as (target, folder, _, settled):
+            return _again(target, folder, chosen.seed, chosen.only, settled)
     outcome, grown = _run(chosen.cases, chosen.seed)
     print(outcome)
     print(f"  the server's memory grew by {grown:.0f} MB")
     return bool(outcome.failures)
 
 
-def _again(target: str, seed: int, number: int, settled: Callable[[], None]) -> int:
+def _again(target: str, folder: Path, seed: int, number: int, settled: Callable[[], None]) -> int:
     """Sends one case once more."""
     with grpc.insecure_channel(target) as channel:
-        case = drawn(described(channel), seed, number // GROUP)[number % GROUP]
-        for at, data in enumerate(case.messages):
+        case = drawn(described(channel), folder, seed, number // GROUP)[number % GROUP]
+        for at, data in enumerate((*case.messages, *(data for _, data in case.files))):
             Path(f"case-{seed}-{number}-{at}.bin").write_bytes(data)
         answer = send(channel, case)
     print(case, answer, sep="\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,8 @@ from queryselect_service.service import Service
 from queryselect_service.settings import Settings
 from tests.service.test_errors import P, request, tensor
 
+FOLDER = Path("/pools")
+
 
 @pytest.fixture(scope="module")
 def descriptions():
@@ -21,10 +25,10 @@ def descriptions():
 
 
 def test_a_case_is_told_by_its_seed_and_its_number(descriptions):
-    cases = drawn(descriptions, 3, 7)
-    assert cases == drawn(descriptions, 3, 7)
+    cases = drawn(descriptions, FOLDER, 3, 7)
+    assert cases == drawn(descriptions, FOLDER, 3, 7)
     assert len(set(cases)) == len(cases) == GROUP
-    assert not set(cases) & {*drawn(descriptions, 3, 8), *drawn(descriptions, 4, 7)}
+    assert not set(cases) & {*drawn(descriptions, FOLDER, 3, 8), *drawn(descriptions, FOLDER, 4, 7)}
 
 
 def answer(rows, scores, **fields) -> selection_pb2.SelectResponse:

@@ -14,9 +14,9 @@ GROWTH = 100
 
 @pytest.fixture(scope="module")
 def server():
-    with fuzzed_server() as (target, pid, settled):
-        fuzz(target, 250, seed=99, settled=settled)  # what libraries take once
-        yield target, pid, settled
+    with fuzzed_server() as (target, folder, pid, settled):
+        fuzz(target, folder, 250, seed=99, settled=settled)  # what libraries take once
+        yield target, folder, pid, settled
 
 
 @pytest.mark.parametrize(
@@ -28,9 +28,9 @@ def server():
     ],
 )
 def test_whatever_is_sent_is_answered_as_documented_and_the_server_lives(server, cases, seed):
-    target, pid, settled = server
+    target, folder, pid, settled = server
     usage = Usage(pid)
-    outcome = fuzz(target, cases, seed, settled)
+    outcome = fuzz(target, folder, cases, seed, settled)
     assert not outcome.failures, str(outcome)
     assert outcome.cases == cases
     registry.load()
