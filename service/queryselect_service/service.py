@@ -12,7 +12,7 @@ from importlib.metadata import version
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import strategy as strategies
 from queryselect_service import wire
-from queryselect_service.call import Call
+from queryselect_service.call import ANYONE, Call, Caller
 from queryselect_service.engine import Engine
 from queryselect_service.errors import OverLimit
 from queryselect_service.request import Request
@@ -119,8 +119,8 @@ class Service:
         answer.CopyFrom(self._described[1])
         return answer
 
-    def server_info(self) -> server_pb2.GetServerInfoResponse:
-        """Describes the server, with memory as the last probe saw it."""
+    def server_info(self, caller: Caller = ANYONE) -> server_pb2.GetServerInfoResponse:
+        """Describes the server to a caller, with memory as the last probe saw it."""
         engine, (_, memory) = self.engine, self.engine.seen  # and not as it is now: a device may not answer
         device = server_pb2.Device(
             name=str(engine.device),
@@ -132,7 +132,7 @@ class Service:
         return server_pb2.GetServerInfoResponse(
             version=VERSION,
             devices=[device],
-            limits=wire.encode_limits(self.settings),
+            limits=wire.encode_limits(self.settings, caller),
             dtypes=list(wire.DTYPES),
             uri_schemes=self.sources.schemes,
             recommended_chunk_bytes=wire.RECOMMENDED_CHUNK_BYTES,

@@ -298,7 +298,7 @@ class ServerServicer:
         """Describes the server."""
         with self.frontend.visit("GetServerInfo", context) as call:
             wire.read(server_pb2.GetServerInfoRequest, self.frontend.message(messages, call, context, PROMPT))
-            return self.frontend.service.server_info()
+            return self.frontend.service.server_info(call.caller)
         raise AssertionError("a visit ends with an answer or an abortion")
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from queryselect_service import spec as specs
 from queryselect_service import strategy as strategies
+from queryselect_service.call import Caller
 from queryselect_service.checks import Array, Source, elements, shape_text
 from queryselect_service.errors import InvalidInput, OverLimit, Unsupported
 from queryselect_service.items import ItemAggregation, Items
@@ -647,14 +648,17 @@ def encode_result(answer: selection_pb2.SelectResponse, large: Large | None) -> 
             yield StreamResponse(chunk=selection_pb2.Chunk(path=path, offset=offset, data=piece))
 
 
-def encode_limits(settings: Settings) -> server_pb2.Limits:
-    """The limits in force, named as Limits names them."""
+def encode_limits(settings: Settings, caller: Caller) -> server_pb2.Limits:
+    """The limits in force for a caller, named as Limits names them."""
     limits = server_pb2.Limits()
+    own = {"rows": caller.max_rows, "host_bytes": caller.max_bytes, "in_flight": caller.max_in_flight}
     for field in limits.DESCRIPTOR.fields:
         name = field.name if hasattr(settings, field.name) else f"max_{field.name}"
-        value = getattr(settings, name)
+        known = [each for each in (getattr(settings, name, None), own.get(field.name)) if each is not None]
+        if not known:
+            continue
         if field.message_type is None:
-            setattr(limits, field.name, value)
+            setattr(limits, field.name, min(known))
         else:
-            getattr(limits, field.name).CopyFrom(_duration(value))
+            getattr(limits, field.name).CopyFrom(_duration(*known))
     return limits

@@ -433,6 +433,18 @@ def test_bytes_of_a_token(guarded):
     free(own)
 
 
+def test_limits_are_told_as_they_hold_for_whoever_asks(guarded):
+    own, _, file = guarded
+    put(file, stanza(max_rows=9, max_bytes=10**15, max_in_flight=2) + stanza(LAB))
+    limits = {}
+    for name, token in (("studio", TOKEN), ("lab", LAB[0])):
+        with Client(f"127.0.0.1:{own.port}", token=token) as client:
+            limits[name] = client.server_info().limits
+    assert (limits["studio"].rows, limits["studio"].in_flight) == (9, 2)
+    assert (limits["lab"].rows, limits["lab"].HasField("in_flight")) == (own.frontend.service.settings.max_rows, False)
+    assert limits["studio"].host_bytes == limits["lab"].host_bytes, "the lower one holds"
+
+
 def test_selections_of_a_token_at_a_time(guarded):
     own, channel, file = guarded
     stub = selection_pb2_grpc.SelectionServiceStub(channel)

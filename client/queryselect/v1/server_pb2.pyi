@@ -124,7 +124,9 @@ global___Device = Device
 
 @typing.final
 class Limits(google.protobuf.message.Message):
-    """The limits a server is set to. A request above one fails with OUT_OF_RANGE unless the field says otherwise."""
+    """The limits in force for the caller: the server's, or its token's where those are lower. A request above one
+    fails with OUT_OF_RANGE unless the field says otherwise.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -145,6 +147,7 @@ class Limits(google.protobuf.message.Message):
     UPLOAD_GRACE_FIELD_NUMBER: builtins.int
     MIN_UPLOAD_RATE_FIELD_NUMBER: builtins.int
     SOURCES_FIELD_NUMBER: builtins.int
+    IN_FLIGHT_FIELD_NUMBER: builtins.int
     rows: builtins.int
     """Rows of the pool."""
     dims: builtins.int
@@ -171,6 +174,8 @@ class Limits(google.protobuf.message.Message):
     """Bytes per second that an upload needs on average once it takes longer than that; below it ABORTED. 0: none."""
     sources: builtins.int
     """Tensors of one request that are read by reference."""
+    in_flight: builtins.int
+    """Selections that the caller may have open at a time; above it RESOURCE_EXHAUSTED. Unset: as many as there is room for."""
     @property
     def idle_stream(self) -> google.protobuf.duration_pb2.Duration:
         """The silence after which a stream is ABORTED."""
@@ -207,9 +212,10 @@ class Limits(google.protobuf.message.Message):
         upload_grace: google.protobuf.duration_pb2.Duration | None = ...,
         min_upload_rate: builtins.int | None = ...,
         sources: builtins.int | None = ...,
+        in_flight: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_inline_bytes", b"_inline_bytes", "_min_upload_rate", b"_min_upload_rate", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_sources", b"_sources", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "inline_bytes", b"inline_bytes", "min_upload_rate", b"min_upload_rate", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "sources", b"sources", "streams_per_peer", b"streams_per_peer", "upload_grace", b"upload_grace"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_inline_bytes", b"_inline_bytes", "_min_upload_rate", b"_min_upload_rate", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_sources", b"_sources", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "inline_bytes", b"inline_bytes", "min_upload_rate", b"min_upload_rate", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "sources", b"sources", "streams_per_peer", b"streams_per_peer", "upload_grace", b"upload_grace"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_in_flight", b"_in_flight", "_inline_bytes", b"_inline_bytes", "_min_upload_rate", b"_min_upload_rate", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_sources", b"_sources", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "in_flight", b"in_flight", "inline_bytes", b"inline_bytes", "min_upload_rate", b"min_upload_rate", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "sources", b"sources", "streams_per_peer", b"streams_per_peer", "upload_grace", b"upload_grace"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_budget", b"_budget", "_classes", b"_classes", "_dims", b"_dims", "_host_bytes", b"_host_bytes", "_id_bytes", b"_id_bytes", "_in_flight", b"_in_flight", "_inline_bytes", b"_inline_bytes", "_min_upload_rate", b"_min_upload_rate", "_queue", b"_queue", "_quotas", b"_quotas", "_references", b"_references", "_rows", b"_rows", "_sources", b"_sources", "_streams_per_peer", b"_streams_per_peer", "budget", b"budget", "classes", b"classes", "dims", b"dims", "drain_grace", b"drain_grace", "host_bytes", b"host_bytes", "id_bytes", b"id_bytes", "idle_stream", b"idle_stream", "in_flight", b"in_flight", "inline_bytes", b"inline_bytes", "min_upload_rate", b"min_upload_rate", "queue", b"queue", "queue_wait", b"queue_wait", "quotas", b"quotas", "references", b"references", "rows", b"rows", "sources", b"sources", "streams_per_peer", b"streams_per_peer", "upload_grace", b"upload_grace"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_budget", b"_budget"]) -> typing.Literal["budget"] | None: ...
     @typing.overload
@@ -220,6 +226,8 @@ class Limits(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_host_bytes", b"_host_bytes"]) -> typing.Literal["host_bytes"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_id_bytes", b"_id_bytes"]) -> typing.Literal["id_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_in_flight", b"_in_flight"]) -> typing.Literal["in_flight"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_inline_bytes", b"_inline_bytes"]) -> typing.Literal["inline_bytes"] | None: ...
     @typing.overload
