@@ -22,6 +22,8 @@ import queryselect_service
 from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from queryselect_service import strategy as strategies
 from queryselect_service import wire
+from queryselect_service.auth import LIMITS
+from queryselect_service.call import Caller
 from queryselect_service.items import ItemAggregation
 from queryselect_service.references import REFERENCE_INPUTS
 from queryselect_service.request import INPUTS, ROW_LISTS
@@ -142,11 +144,11 @@ def test_what_kernels_say_has_a_number_on_the_wire(ours, wire):
     assert {f"{prefix}{each}" for each in ours} == names
 
 
-def test_every_limit_is_a_setting():
-    limits = wire.encode_limits(Settings())
+def test_every_limit_is_a_setting_or_a_tokens():
+    limits = wire.encode_limits(Settings(), Caller("", *(1 for _ in LIMITS)))
     assert len(limits.ListFields()) == len(server_pb2.Limits.DESCRIPTOR.fields)
-    settings = {each.name.removeprefix("max_") for each in dataclasses.fields(Settings)}
-    assert {each.name for each in server_pb2.Limits.DESCRIPTOR.fields} <= settings
+    known = {*(each.name for each in dataclasses.fields(Settings)), *LIMITS}
+    assert {each.name for each in server_pb2.Limits.DESCRIPTOR.fields} <= {each.removeprefix("max_") for each in known}
 
 
 def test_types_of_the_wire_are_those_of_the_proto():
