@@ -40,6 +40,7 @@ def address_space(server: Served) -> int:
 @contextmanager
 def only(server: Served, nbytes: int) -> Iterator[None]:
     """Its process can have so many bytes more than it has, and no more."""
+    server.trim()  # what is free at the end of its heap would do as well
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     resource.prlimit(server.pid, resource.RLIMIT_AS, (address_space(server) + nbytes, resource.RLIM_INFINITY))
     try:
