@@ -58,12 +58,12 @@ class Tokens:
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError for a file that can't be used."""
-        self._known = Reloaded("token_file", [path], lambda: read(path), LOOK_EVERY)
+        self.file = Reloaded("token_file", [path], lambda: read(path), LOOK_EVERY)
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
         """Whose token stands in an RPC's metadata. Raises Unauthenticated."""
         name, secret = _presented(metadata)
-        token = self._known.get().get(name, NOBODY)
+        token = self.file.get().get(name, NOBODY)
         if not hmac.compare_digest(_tokens.digest(secret, token.salt), token.hash):
             raise Unauthenticated(NEEDED)
         if token.expires is not None and datetime.now(UTC) >= token.expires:

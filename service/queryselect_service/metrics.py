@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from prometheus_client import (
@@ -26,6 +27,7 @@ from prometheus_client.registry import Collector
 from queryselect_service.call import Call
 from queryselect_service.engine import Engine
 from queryselect_service.errors import BUSY
+from queryselect_service.reload import Reloaded
 
 #: Seconds. Selections take from a millisecond to minutes.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -100,6 +102,9 @@ class Metrics:
         if own is not None:
             admitted.labels("device").set_function(lambda: own.reserved)
         self.ready = gauge("ready", "1 where readiness is SERVING, else 0")
+        self.current = gauge(
+            "file_current", "1 where what a file says now is in use, 0 where it can't be and an older one is", "file"
+        )
         build = gauge("build_info", "Always 1; the labels tell the versions", "version", "torch")
         build.labels(version("queryselect"), torch.__version__).set(1)
         registry.register(DeviceMemory(engine))
@@ -111,6 +116,10 @@ class Metrics:
         self._queued, self._received, self._kernel = map(
             cache, (self.queued.labels, self.received.labels, self.kernel.labels)
         )
+
+    def follow(self, file: Reloaded[Any]) -> None:
+        """Tells whether the file is in use as it is now; a scrape looks, for nobody may connect meanwhile."""
+        self.current.labels(file.what).set_function(lambda: file.current)
 
     def ended(self, rpc: str, call: Call, code: str, reason: str | None) -> None:
         """Counts an RPC. reason: why it failed."""

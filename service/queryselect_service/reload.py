@@ -24,13 +24,13 @@ class Reloaded(Generic[Value]):
     """
 
     def __init__(self, what: str, paths: Sequence[Path], read: Callable[[], Value], every: float = 0.0) -> None:
-        """what: its name in the log. every: the least time between two looks, in seconds.
+        """what: its name in the log and in metrics. every: the least time between two looks, in seconds.
 
         Raises what `read` raises: OSError or ValueError, whose words hold nothing of what the files say.
         """
-        self._what, self._paths, self._read, self._every = what, paths, read, every
+        self.what, self._paths, self._read, self._every = what, paths, read, every
         self._looking, self._looked, self._seen = threading.Lock(), time.monotonic(), self._marks()
-        self._value = read()
+        self._value, self._current = read(), True
 
     def get(self) -> Value:
         """The latest that could be read. Raises nothing; only one caller at a time looks, and nobody waits for it."""
@@ -41,16 +41,23 @@ class Reloaded(Generic[Value]):
                 self._looking.release()
         return self._value
 
+    @property
+    def current(self) -> bool:
+        """Whether what the files say now is in use. Looks at them as `get` does."""
+        self.get()
+        return self._current
+
     def _look(self) -> None:
         marks = self._marks()
         if marks != self._seen:
             self._seen = marks  # what is half-written now has other marks once it is whole
             try:
-                self._value = self._read()
+                self._value, self._current = self._read(), True
             except (OSError, ValueError) as error:
-                log.error("%s: the new one is not used: %s", self._what, error)  # noqa: TRY400  # no bug of ours
+                self._current = False
+                log.error("%s: the new one is not used: %s", self.what, error)  # noqa: TRY400  # no bug of ours
             else:
-                log.info("%s: read anew", self._what)
+                log.info("%s: read anew", self.what)
         self._looked = time.monotonic()
 
     def _marks(self) -> list[tuple[int, ...] | None]:

@@ -241,7 +241,7 @@ def start(settings: Settings) -> Server:
     Raises RuntimeError where an address is taken or the device does not work, ValueError for files that can't be used.
     """
     logging.getLogger("grpc._cython.cygrpc").addFilter(_says_no_header)
-    secured = tls.credentials(settings) if settings.tls_cert else None
+    pair = tls.pair(settings) if settings.tls_cert else None
     service, tracing = Service(settings), _tracing(settings)
     service.engine.probe()
     server = grpc.server(
@@ -263,6 +263,10 @@ def start(settings: Settings) -> Server:
     names = add_services(frontend, server)
     checks = DeviceHealth(service.engine, names)
     metrics.ready.set_function(lambda: checks.ready)
+    if pair is not None:
+        metrics.follow(pair)
+    if frontend.tokens is not None:
+        metrics.follow(frontend.tokens.file)
     _add_health(server, checks, frontend.patience)
     if settings.reflection:
         described = BoundedReflection(
@@ -274,7 +278,10 @@ def start(settings: Settings) -> Server:
     address = f"{host}:{settings.port}"
     endpoint, metrics_port, plain, health_port = None, -1, None, -1
     try:
-        port = server.add_insecure_port(address) if secured is None else server.add_secure_port(address, secured)
+        if pair is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, tls.credentials(pair, ask=bool(settings.tls_client_ca)))
         if settings.health_port >= 0:
             plain = grpc.server(
                 started(HEALTH_THREADS, "health"),

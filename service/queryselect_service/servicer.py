@@ -64,7 +64,7 @@ class Frontend:
     def __init__(self, service: Service, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self.service, self.metrics, self.tracing = service, metrics, tracing
         file = service.settings.token_file
-        self._tokens = Tokens(Path(file)) if file else None
+        self.tokens = Tokens(Path(file)) if file else None
         self._running, self._ended, self._draining = 0, threading.Condition(), False
         # Each selection occupies a thread, from before its message is here.
         most = service.settings.max_queue + STREAMS_BEYOND
@@ -134,7 +134,7 @@ class Frontend:
 
     def caller(self, context: grpc.ServicerContext) -> Caller:
         """Who calls. Raises Unauthenticated."""
-        return ANYONE if self._tokens is None else self._tokens.caller(context.invocation_metadata())
+        return ANYONE if self.tokens is None else self.tokens.caller(context.invocation_metadata())
 
     @contextmanager
     def visit(self, rpc: str, context: grpc.ServicerContext) -> Iterator[Call]:

@@ -21,15 +21,19 @@ from queryselect_service.reload import Reloaded
 from queryselect_service.settings import Settings
 
 
-def credentials(settings: Settings) -> grpc.ServerCredentials:
-    """What a port needs to speak TLS. Raises ValueError for files that can't be used."""
+def pair(settings: Settings) -> Reloaded[grpc.ServerCertificateConfiguration]:
+    """Certificate, key and whom to trust, as the files say now. Raises ValueError for files that can't be used."""
     cert, key = Path(settings.tls_cert), Path(settings.tls_key)
     authorities = Path(settings.tls_client_ca) if settings.tls_client_ca else None
     files = [cert, key] if authorities is None else [cert, key, authorities]
-    pair = Reloaded("certificate", files, lambda: _read(cert, key, authorities))
+    return Reloaded("certificate", files, lambda: _read(cert, key, authorities))
+
+
+def credentials(pair: Reloaded[grpc.ServerCertificateConfiguration], *, ask: bool) -> grpc.ServerCredentials:
+    """What a port needs to speak TLS. ask: whether clients need a certificate too."""
     given = pair.get()
     news: Any = _news(pair, given)  # its stubs do not know of None
-    return grpc.dynamic_ssl_server_credentials(given, news, authorities is not None)
+    return grpc.dynamic_ssl_server_credentials(given, news, ask)
 
 
 def _news(

@@ -44,13 +44,13 @@ def test_what_choosing_names_exists():
 
 
 def test_the_threat_model_tells_of_every_limit_and_of_nothing_else():
-    """A name in backticks is a setting or a key of a token's entry; `allow_uris` comes with reading by reference."""
+    """A name in backticks is a setting or a key of a token's entry."""
     named = set(NAMED.findall((ROOT / "docs" / "security.md").read_text()))
     settings = {field.name for field in dataclasses.fields(Settings)}
     limits = {each.name for each in server_pb2.Limits.DESCRIPTOR.fields}
     assert {each if each in settings else f"max_{each}" for each in limits} <= named
     assert {each for each in settings if each.startswith(("tls_", "token_", "allow_"))} <= named
-    assert {each for each in named if "_" in each} <= settings | set(auth.LIMITS) | {"allow_uris"}
+    assert {each for each in named if "_" in each} <= settings | set(auth.LIMITS)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -358,12 +358,21 @@ def test_a_broken_file_keeps_the_tokens_and_is_told_once(guarded, text, words, c
         server.start(Settings(port=0, metrics_port=-1, token_file=str(file)))
 
 
-def test_a_file_that_is_gone_keeps_the_tokens(guarded, caplog):
-    _, channel, file = guarded
+def test_a_file_that_is_gone_keeps_the_tokens_and_is_told(guarded, caplog):
+    own, channel, file = guarded
+    registry = own.frontend.metrics.registry
+
+    def current() -> float | None:
+        return registry.get_sample_value("queryselect_file_current", {"file": "token_file"})
+
+    assert current() == 1
+    assert registry.get_sample_value("queryselect_file_current", {"file": "certificate"}) is None
     file.unlink()
     assert calls(channel)["GetServerInfo"](bearer())
     assert "No such file" in caplog.text
+    assert current() == 0
     put(file, stanza(LAB))
+    assert current() == 1
     refusal(lambda: calls(channel)["GetServerInfo"](bearer()))
 
 

@@ -83,6 +83,11 @@ def shown(own) -> bytes:
         return ssl.DER_cert_to_PEM_cert(secured.getpeercert(binary_form=True)).encode()
 
 
+def current(own, file: str = "certificate") -> float | None:
+    """What a scrape tells of a file."""
+    return own.frontend.metrics.registry.get_sample_value("queryselect_file_current", {"file": file})
+
+
 def works(own, *roots: bytes, **options) -> bool:
     with channel_to(own, *roots, **options) as channel:
         try:
@@ -218,10 +223,12 @@ def test_a_pair_that_can_not_be_used_leaves_the_old_one_and_is_told_once(tmp_pat
     write(tmp_path, issued[0].pair())
     with serving(tmp_path) as own:
         before = shown(own)
+        assert current(own) == 1
         for name, data in fault(*issued).items():
             (tmp_path / name).unlink()
             if data is not None:
                 (tmp_path / name).write_bytes(data)
+        assert current(own) == 0, "though nobody has connected since"
         for _ in range(3):
             assert shown(own) == before
         assert works(own, issued[0].root)
@@ -233,6 +240,7 @@ def test_a_pair_that_can_not_be_used_leaves_the_old_one_and_is_told_once(tmp_pat
         pair = issued[1].pair()
         one_by_one(tmp_path, pair)
         assert shown(own) in pair[0]
+        assert current(own) == 1
 
 
 def test_mtls_lets_in_who_has_a_certificate_of_the_ca(tmp_path, issued):

@@ -87,6 +87,10 @@ CASES = {
             'queryselect_device_memory_bytes,kind="total"': "100x40",
         },
     ),
+    "QuerySelectFileNotUsed": (
+        {'queryselect_file_current,file="token_file"': "1x30 0x10"},
+        {'queryselect_file_current,file="token_file"': "1x30 0x3 1x7"},
+    ),
     "QuerySelectFiles": (
         {"process_open_fds": "900x40", "process_max_fds": "1000x40"},
         {"process_open_fds": "500x40", "process_max_fds": "1000x40"},
