@@ -16,7 +16,7 @@ from queryselect import Client, _upload
 from queryselect_service.spec import Spec, parameter
 from queryselect_service.strategy import PLUGINS, ScoreKind, Selection, strategy
 from tests.client.fake import Fake
-from tests.client.streams import until
+from tests.waiting import until
 
 
 @dataclass

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,14 +47,6 @@ def assert_same(here: Picks, there: Picks) -> None:
     assert warnings[0] == warnings[1]
     for name in ("score_kind", "stop_reason", "strategy", "cost_spent"):
         assert getattr(here, name) == getattr(there, name), name
-
-
-def until(done: Callable[[], Any], seconds: float = 5.0) -> bool:
-    """Waits until something is so, at most so long."""
-    end = time.monotonic() + seconds
-    while not (found := done()) and time.monotonic() < end:
-        time.sleep(0.01)
-    return bool(found)
 
 
 @contextmanager

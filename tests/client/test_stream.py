@@ -41,10 +41,10 @@ from tests.client.streams import (
     select,
     sent_in_full,
     streamed,
-    until,
 )
 from tests.client.test_client import KINDS, POOL, beside, told
 from tests.client.test_client import N as FEW
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 

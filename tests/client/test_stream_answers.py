@@ -27,8 +27,8 @@ from tests.client.streams import (
     X32,
     select,
     serving,
-    until,
 )
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 

@@ -39,8 +39,8 @@ from tests.client.streams import (
     select,
     sent_in_full,
     serving,
-    until,
 )
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 

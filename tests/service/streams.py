@@ -28,6 +28,7 @@ from tests.service.test_errors import (
     request,
     tensor,
 )
+from tests.waiting import until
 
 registry.load()
 Code, Request = grpc.StatusCode, selection_pb2.SelectStreamRequest
@@ -287,7 +288,4 @@ by_kind = pytest.mark.parametrize(("message", "path", "data"), KINDS.values(), i
 
 def waiting(running: server.Server, jobs: int) -> None:
     """Waits until so many jobs wait for the device."""
-    until = time.monotonic() + 5
-    while len(running.frontend.service.engine.queue) != jobs:
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    assert until(lambda: len(running.frontend.service.engine.queue) == jobs)

@@ -25,6 +25,7 @@ from queryselect_service.settings import Settings, load
 from tests.service import http2
 from tests.service.streams import Talk, ask, counted, free, start, streamed, whole
 from tests.service.test_errors import FAR, at_work, busy, detail, request, sleepy, tensor
+from tests.waiting import until
 
 STUDIO, LAB = (_tokens.make(name) for name in ("studio", "lab"))
 TOKEN = STUDIO[0]
@@ -271,10 +272,7 @@ def test_who_has_no_token_is_refused_before_its_message_comes(fortress, rpc):
     with ExitStack() as stack:
         for _ in range(50):
             stack.enter_context(http2.begin(own.port, f"/queryselect.v1.{service}Service/{rpc}"))
-        until = time.monotonic() + 10
-        while outcomes(own, rpc).get("UNAUTHENTICATED", 0) < before + 50:
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        assert until(lambda: outcomes(own, rpc).get("UNAUTHENTICATED", 0) >= before + 50, 10)
 
 
 # What a bad token costs
@@ -382,14 +380,14 @@ def test_the_file_is_looked_at_once_a_second(tmp_path):
     tokens = auth.Tokens(path)
     put(path, stanza(LAB))
     assert tokens.caller(bearer()).name == "studio"
-    until = time.monotonic() + 5
-    while time.monotonic() < until:
+
+    def known() -> bool:
         try:
-            tokens.caller(bearer(LAB[0]))
-            break
+            return tokens.caller(bearer(LAB[0])).name == "lab"
         except auth.Unauthenticated:
-            time.sleep(0.02)
-    assert tokens.caller(bearer(LAB[0])).name == "lab"
+            return False
+
+    assert until(known)
 
 
 def test_a_token_may_end(guarded):
@@ -458,10 +456,7 @@ def test_selections_of_a_token_at_a_time(guarded):
     own, channel, file = guarded
     stub = selection_pb2_grpc.SelectionServiceStub(channel)
     with Talk(channel, start(request(FAR)), metadata=bearer()), Talk(channel, metadata=bearer()):
-        until = time.monotonic() + 5
-        while own.frontend._selecting.taken < 2:
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        assert until(lambda: own.frontend._selecting.taken >= 2)
         put(file, stanza(max_in_flight=2) + stanza(LAB))  # a new limit counts what was open before it
         busy(lambda: stub.Select(request(), metadata=bearer()), "this client has 2 selections open already")
         busy(lambda: ask(channel, whole(request()), metadata=bearer()), "selections open")
@@ -488,10 +483,7 @@ def test_a_token_is_one_peer_however_many_connections_have_it(serve, file):
         Mine.Select.future = lambda message: many[0].Select.future(message, metadata=bearer())
         running = at_work(Mine, 1.0)
         waits = many[1].Select.future(sleepy(seconds=0.01), metadata=bearer())
-        until = time.monotonic() + 5
-        while own.frontend.service.engine.host.taken < 2:
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        assert until(lambda: own.frontend.service.engine.host.taken >= 2)
         busy(lambda: many[2].Select(request(), metadata=bearer()), "requests are waiting")
         assert many[2].Select(request(), metadata=bearer(LAB[0])).HasField("indices")
         busy(waits.result, "another client")

@@ -17,6 +17,7 @@ from queryselect.v1 import selection_pb2_grpc
 from queryselect_service import engine, server, upload
 from tests.service.streams import Talk, free, serves, streamed
 from tests.service.test_errors import FAR, X, detail, request, sleepy, tensor
+from tests.waiting import until
 
 States = health_pb2.HealthCheckResponse
 SERVICE = "queryselect.v1.SelectionService"
@@ -54,10 +55,7 @@ def check(channel, name: str = SERVICE) -> int:
 
 
 def until_health_is(channel, status: int) -> None:
-    until = time.monotonic() + 5
-    while check(channel) != status:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    assert until(lambda: check(channel) == status)
     assert check(channel, "") == States.SERVING, "liveness asks nothing of the device"
 
 

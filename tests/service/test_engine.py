@@ -24,6 +24,7 @@ from queryselect_service.settings import Settings
 from queryselect_service.spec import Spec
 from queryselect_service.strategy import PLUGINS, ScoreKind, strategy
 from tests import plugins
+from tests.waiting import until
 
 POOL = np.random.default_rng(0).normal(size=(20_000, 20))  # some tenths of a second of k_center_greedy
 
@@ -43,10 +44,7 @@ def busy_device(client: Client, seconds: float):
     """A selection that has the device for so long; returns once it runs."""
     plugins.last_seen["at"] = 0.0
     job = client.submit("custom", 1, num_rows=3, params={"name": "sleepy", "parameters": {"seconds": seconds}})
-    until = time.monotonic() + 10
-    while not plugins.last_seen["at"]:
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    assert until(lambda: plugins.last_seen["at"], 10)
     return job
 
 
@@ -190,18 +188,13 @@ def test_memory_is_back_at_once_after_a_selection_that_ended_early(end):
         with serving() as (started, client):
             timeout = 0.4 if end == "late" else None
             job = client.submit("custom", 1, embeddings=POOL, params={"name": "hoarder"}, timeout=timeout)
-            until = time.monotonic() + 5
-            while "kernel" not in seen:
-                assert time.monotonic() < until
-                time.sleep(0.005)
+            assert until(lambda: "kernel" in seen)
             if end == "cancelled":
                 job.cancel()
             with pytest.raises({"cancelled": Cancelled, "failed": ServerBug, "late": DeadlineExceeded}[end]):
                 job.result(5)
-            host, until = started.frontend.service.engine.host, time.monotonic() + 0.5
-            while seen["kernel"]() is not None or host.taken or host.reserved:
-                assert time.monotonic() < until, (seen["kernel"]() is None, host.taken, host.reserved)
-                time.sleep(0.01)
+            host = started.frontend.service.engine.host
+            assert until(lambda: (seen["kernel"](), host.taken, host.reserved) == (None, 0, 0), 0.5)
             assert len(client.select("random", 1, num_rows=5)) == 1
     finally:
         gc.enable()
@@ -235,10 +228,9 @@ def test_buffers_of_an_upload_are_freed_at_once(end, monkeypatch):
             else:
                 with pytest.raises(InvalidInput if end == "failed" else Cancelled):
                     job.result(20)
-            host, until = started.frontend.service.engine.host, time.monotonic() + 1
-            while any(each() is not None for each in buffers) or host.taken or host.reserved:
-                assert time.monotonic() < until, ([each() is None for each in buffers], host.taken, host.reserved)
-                time.sleep(0.01)
+            host = started.frontend.service.engine.host
+            assert until(lambda: not any(each() is not None for each in buffers), 1)
+            assert until(lambda: (host.taken, host.reserved) == (0, 0), 1)
     finally:
         gc.enable()
 

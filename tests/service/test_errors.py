@@ -18,6 +18,7 @@ from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2, stra
 from queryselect_service import server
 from queryselect_service.settings import Settings
 from tests import plugins
+from tests.waiting import until
 
 Tensor, Pool, Ids = tensor_pb2.Tensor, selection_pb2.Pool, selection_pb2.Ids
 NUMBERS = {
@@ -475,9 +476,7 @@ def test_who_came_first_is_served_first():
             stub.Select.future(sleepy(seconds=0.02)).add_done_callback(lambda _, name=name: ended.append(name))
             time.sleep(0.05)
         running.result()
-        until = time.monotonic() + 10
-        while len(ended) < 12 and time.monotonic() < until:
-            time.sleep(0.01)
+        until(lambda: len(ended) == 12, 10)
     started.drain(0.1)
     assert ended == list(range(12))
 

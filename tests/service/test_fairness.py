@@ -16,6 +16,7 @@ from queryselect_service import server, servicer
 from tests.service import http2
 from tests.service.streams import Talk, ask, serves, start, streamed, waiting, whole
 from tests.service.test_errors import FAR, at_work, busy, request, sleepy, tensor
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("no_bugs")
 
@@ -94,10 +95,7 @@ def test_silent_streams_of_one_peer_leave_threads_for_others(serve, peers):
 
     silent = selection_pb2_grpc.SelectionServiceStub(channel)
     streams = [silent.SelectStream(say_nothing()) for _ in range(10)]
-    until = time.monotonic() + 5
-    while own.frontend._selecting.taken < 10:
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    assert until(lambda: own.frontend._selecting.taken >= 10)
     busy(lambda: list(silent.SelectStream(iter([start(request())]))), "10 requests are waiting for this server")
     other = peers(own)
     assert selection_pb2_grpc.SelectionServiceStub(other).Select(request()).HasField("indices")
@@ -124,10 +122,7 @@ def test_a_message_that_is_long_in_coming_makes_room_and_does_not_come_for_ever(
 
     stop = threading.Event()
     calls = [slow.future(later()) for _ in range(8)]
-    until = time.monotonic() + 5
-    while own.frontend._selecting.taken < 8:
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    assert until(lambda: own.frontend._selecting.taken >= 8)
     began = time.monotonic()
     assert selection_pb2_grpc.SelectionServiceStub(peers(own)).Select(request()).HasField("indices")
     assert time.monotonic() - began < 2.5

@@ -21,6 +21,7 @@ from queryselect_service import metrics as module
 from queryselect_service.settings import Settings
 from tests.service.streams import Talk, streamed
 from tests.service.test_errors import FAR, X, request, sleepy
+from tests.waiting import until
 
 OPEN = "application/openmetrics-text; version=1.0.0"
 N, D = X.shape
@@ -48,10 +49,7 @@ class Seen:
 
     def grows(self, name: str, **labels) -> None:
         """Waits until it is counted: an RPC is, after its answer has gone."""
-        until = time.monotonic() + 5
-        while not self.more(name, **labels):
-            assert time.monotonic() < until, (name, labels)
-            time.sleep(0.01)
+        assert until(lambda: self.more(name, **labels)), (name, labels)
 
 
 def select(channel, message, **options):
@@ -154,10 +152,7 @@ def test_so_is_who_waits_too_long(serve):
     started, channel = serve(queue_wait=0.1)
     seen, stub = Seen(started), selection_pb2_grpc.SelectionServiceStub(channel)
     running = stub.Select.future(sleepy(seconds=0.6))
-    until = time.monotonic() + 5
-    while not seen.now("admitted_bytes", kind="host"):
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    assert until(lambda: seen.now("admitted_bytes", kind="host"))
     assert refused(channel, request()) is grpc.StatusCode.RESOURCE_EXHAUSTED
     seen.grows("rejected_total", reason="BUSY:queue_wait")
     running.result(10)
@@ -186,10 +181,7 @@ def test_who_leaves_is_counted_by_where_the_request_was(serve):
     started, channel = serve()
     seen, stub = Seen(started), selection_pb2_grpc.SelectionServiceStub(channel)
     running = stub.Select.future(sleepy(seconds=20))
-    seen_running = time.monotonic() + 5
-    while not started.frontend.service.engine.queue._running:
-        assert time.monotonic() < seen_running
-        time.sleep(0.005)
+    assert until(lambda: started.frontend.service.engine.queue._running)
     assert refused(channel, request(), timeout=0.2) is grpc.StatusCode.DEADLINE_EXCEEDED
     seen.grows("cancelled_total", phase="queue")
     running.cancel()
@@ -318,10 +310,7 @@ def test_a_taken_metrics_port_is_an_error_that_leaves_no_thread_behind(running):
     before = threads()
     with pytest.raises(OSError, match=f"metrics port {running.metrics_port}: "):
         server.start(Settings(port=0, metrics_port=running.metrics_port))
-    until = time.monotonic() + 5
-    while threads() > before:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    assert until(lambda: threads() <= before)
 
 
 def test_what_is_refused_before_it_is_read_has_no_strategy(serve):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from queryselect_service.call import Call
 from queryselect_service.errors import Busy, Cancelled
 from queryselect_service.queue import Job, Queue, Room
+from tests.waiting import until
 
 
 def job(size: float, waited: float = 0.0, peer: str = "") -> Job[None]:
@@ -283,10 +284,7 @@ def test_who_makes_room_has_left_before_the_other_comes():
     enter_all(room, many, 30)
     came = threading.Thread(target=room.enter, args=(one, 30))
     came.start()
-    until = time.monotonic() + 5
-    while many[2].refused is None:
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    assert until(lambda: many[2].refused is not None)
     with pytest.raises(Busy):  # what will be free is not for its peer
         room.enter(Call("again", peer="many"), 30)
     assert came.is_alive()

@@ -25,6 +25,7 @@ from queryselect_service import server
 from queryselect_service.settings import Settings
 from queryselect_service.sources import fetch, https, objects, s3
 from tests.service.stores import Store, npy
+from tests.waiting import until
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(500, 4)).astype(np.float32)
@@ -428,10 +429,7 @@ def test_nothing_is_held_on_to(files, monkeypatch):
         client.select("k_center_greedy", budget=2, embeddings=ref)
         with pytest.raises(queryselect.InvalidInput):
             client.select("margin", budget=2, logits=bad)
-        until = time.monotonic() + 5
-        while any(each() is not None for each in seen) and time.monotonic() < until:
-            time.sleep(0.01)
-        assert [each() for each in seen] == [None] * 3
+        assert until(lambda: [each() for each in seen] == [None] * 3)
     finally:
         gc.enable()
 

@@ -50,6 +50,7 @@ from tests.service.test_errors import (
     stopped_within,
     tensor,
 )
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("no_bugs")
 
@@ -129,10 +130,7 @@ def test_a_slow_kernel_is_no_silence(impatient):
 
 def until_seen(before: float) -> None:
     """Waits until a kernel is at work."""
-    until = time.monotonic() + 10
-    while plugins.last_seen["at"] < before:
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    assert until(lambda: plugins.last_seen["at"] >= before, 10)
 
 
 @by_kind
@@ -194,10 +192,7 @@ def test_who_leaves_the_queue_leaves_at_once(running, channel, message, path, da
         failure = talk.failure()
     assert failure.code is (Code.CANCELLED if how == "cancel" else Code.DEADLINE_EXCEEDED)
     waiting(running, 0)
-    until = time.monotonic() + 0.5
-    while host.taken > 1 and time.monotonic() < until:
-        time.sleep(0.005)
-    assert host.taken == 1, "its place is free while the other is still at work"
+    assert until(lambda: host.taken == 1, 0.5), "its place is free while the other is still at work"
     assert not working.done()
     assert working.result().HasField("indices")
     serves(running, channel)

@@ -38,6 +38,7 @@ from tests.service.test_errors import (
     request,
     tensor,
 )
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("no_bugs")
 
@@ -134,9 +135,7 @@ def test_a_client_has_so_many_streams(serve):
             assert ask(other, whole(request())).response
         first.end()
         first.until("result")
-        until = time.monotonic() + 2
-        while sum(own.frontend._open.values()) > 1 and time.monotonic() < until:
-            time.sleep(0.005)
+        assert until(lambda: own.frontend._selecting.taken == 1)
         assert ask(channel, whole(request())).response
         second.end()
         second.until("result")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import struct
-import time
 import zlib
 from contextlib import suppress
 
@@ -48,6 +47,7 @@ from tests.service.test_errors import (
     sleepy,
     tensor,
 )
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("no_bugs")
 
@@ -403,10 +403,7 @@ def test_a_connection_that_breaks_within_a_chunk_holds_nothing(running, target, 
     host = running.frontend.service.engine.host
     with socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
         connection.sendall(opening(target) + message_frame(first) + message_frame(piece)[:100])
-        until = time.monotonic() + 5
-        while not host.taken and time.monotonic() < until:
-            time.sleep(0.005)
-        assert host.taken == 1
+        assert until(lambda: host.taken == 1)
         if how == "reset":
             rest = message_frame(piece)[100:]
             connection.sendall(rest + frame(RESET, 0, struct.pack(">I", 8)))

@@ -26,6 +26,7 @@ from queryselect_service import server
 from queryselect_service.settings import Settings
 from tests.service.streams import Talk, cut, free, streamed
 from tests.service.test_errors import FAR, request, tensor
+from tests.waiting import until
 
 LONG_AGO = datetime.now(UTC) - timedelta(days=1)
 
@@ -184,9 +185,7 @@ def test_certificates_change_and_no_request_is_dropped(tmp_path, issued):
                 way(tmp_path, pair)
                 assert shown(own) in pair[0]
                 talk.send(parts.pop(0))
-                until = time.monotonic() + 10
-                while traffic.answered < before + 10 and time.monotonic() < until:
-                    time.sleep(0.01)
+                until(lambda goal=before + 10: traffic.answered >= goal, 10)
         talk.send(*parts)
         talk.end()
         assert talk.until("result").HasField("indices")

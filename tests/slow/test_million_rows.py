@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.machine import Usage
 from tests.slow.servers import assert_stops_at_once, quiet_server
+from tests.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROWS, DIMS, BUDGET = 1_000_000, 384, 100
@@ -58,13 +59,7 @@ def test_a_cancelled_one_stops_and_its_memory_is_back(server, pool, phase):
             under_way.append(time.monotonic())
 
     job = client.submit("k_center_greedy", 1000, embeddings=pool, progress=note)
-    until = time.monotonic() + 60
-    while not under_way:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    assert until(lambda: under_way, 60)
     assert_stops_at_once(job, metrics)
-    until = time.monotonic() + 1
-    while before.now > 50:  # MB more than before
-        assert time.monotonic() < until, f"{before.now:.0f} MB more than before"
-        time.sleep(0.01)
+    assert until(lambda: before.now <= 50, 1), f"{before.now:.0f} MB more than before"
     assert len(client.select("random", 1, num_rows=5)) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 import pytest
@@ -14,6 +13,7 @@ from benchmarks.service.load import NICE
 from benchmarks.service.loopback import QUIETLY, process
 from benchmarks.service.overload import AT_ONCE, CLIENTS, GUESTS, TIGHT, flaws, right_picks, take_turns, tally, visit
 from queryselect import Client
+from tests.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -28,10 +28,7 @@ def server():
 
 def assert_idle(metrics: int) -> None:
     """Within a few seconds nothing is in flight."""
-    until = time.monotonic() + 5
-    while in_flight(metrics):
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    assert until(lambda: not in_flight(metrics))
 
 
 def test_every_answer_is_a_result_or_a_refusal_as_documented_and_health_is_answered_meanwhile(server):

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.machine import Usage, in_flight
 from tests.slow.servers import assert_stops_at_once, quiet_server
+from tests.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROWS, MEMBERS, CLASSES = 400_000, 25, 10
@@ -55,10 +56,7 @@ def test_what_takes_long_stops_soon(server, samples, name):
     if name == "epig":
         options = {"reference": {"samples": samples[:5000]}}
     job = client.submit(name, 100, samples=pool, **options)
-    until = time.monotonic() + 60
-    while not in_flight(metrics):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    assert until(lambda: in_flight(metrics), 60)
     time.sleep(4)  # in the midst of it
     assert in_flight(metrics)
     assert_stops_at_once(job, metrics)
