@@ -10,6 +10,8 @@ from collections.abc import Sequence
 # look for a millisecond after each operation, which on two cores took twice the processor time of a small selection and
 # made it slower; if they never look, a kernel waits for them to wake.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# gRPC's core writes a line of its own form for every handshake that fails, which whoever reaches the port may cause.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from queryselect_service import server, settings
 

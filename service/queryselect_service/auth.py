@@ -14,6 +14,7 @@ Requirements that the design meets:
 from __future__ import annotations
 
 import hmac
+import math
 import secrets
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,7 @@ from typing import Any
 
 from queryselect import _tokens
 from queryselect_service.call import Caller
-from queryselect_service.errors import Unauthenticated
+from queryselect_service.errors import TokenExpired, Unauthenticated
 from queryselect_service.reload import Reloaded
 
 #: The least time between two looks at the file, in seconds.
@@ -67,8 +68,14 @@ class Tokens:
         if not hmac.compare_digest(_tokens.digest(secret, token.salt), token.hash):
             raise Unauthenticated(NEEDED)
         if token.expires is not None and datetime.now(UTC) >= token.expires:
-            raise Unauthenticated("this token has expired; the server's operator makes another by `queryselect token`")
+            raise TokenExpired(token.caller.name)
         return token.caller
+
+    def next_end(self) -> float:
+        """When the next of the tokens ends, in seconds since 1970; not a number where none does."""
+        now = datetime.now(UTC)
+        ends = (each.expires for each in self.file.get().values() if each.expires is not None and each.expires > now)
+        return min((each.timestamp() for each in ends), default=math.nan)
 
 
 def _presented(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str, str]:

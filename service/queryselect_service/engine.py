@@ -13,7 +13,6 @@ Requirements that the design meets:
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 import traceback
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from queryselect_service.call import Call
 from queryselect_service.errors import Busy, DeviceLost, DoesNotFit, OutOfMemory, OverLimit, ServiceError, out_of_memory
+from queryselect_service.host import host_memory
 from queryselect_service.queue import RETRY_AFTER, Job, Queue, Room
 from queryselect_service.request import Problem, Request
 from queryselect_service.settings import Settings
@@ -95,8 +95,7 @@ class Engine:
         """The free and the total bytes of the device's memory."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)
-        page = os.sysconf("SC_PAGE_SIZE")
-        return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
+        return host_memory()
 
     @contextmanager
     def admit(self, request: Request, call: Call, *, held: int, resident: bool = True) -> Iterator[Place]:

@@ -7,7 +7,9 @@
     ├── Unsupported        this server does not serve that (yet)                   UNIMPLEMENTED
     ├── NotFound           there is nothing at an address to read from             NOT_FOUND
     ├── PermissionDenied   the server may not read from there                      PERMISSION_DENIED
+    │   └── SourceRefused  the store does not let it                               PERMISSION_DENIED
     ├── Unauthenticated    no token, or none that is known here                    UNAUTHENTICATED
+    │   └── TokenExpired   one that was good                                       UNAUTHENTICATED
     ├── Busy               no room now; the same request may succeed later         RESOURCE_EXHAUSTED
     ├── OutOfMemory        the device ran out in spite of the estimate             RESOURCE_EXHAUSTED
     ├── DataLoss           bytes changed on the way, or did not come               DATA_LOSS
@@ -108,15 +110,31 @@ class NotFound(ServiceError):
 
 
 class PermissionDenied(ServiceError):
-    """The server may not read from there: ask its operator."""
+    """Requests may not name that address: ask the server's operator."""
 
     code, reason = "PERMISSION_DENIED", "NOT_ALLOWED"
+
+
+class SourceRefused(PermissionDenied):
+    """A store does not let this server read what it may, or what the server has to show it does not work."""
+
+    reason = "SOURCE_REFUSED"
 
 
 class Unauthenticated(ServiceError):
     """Nobody that this server knows: ask its operator for a token. Says what is needed, never what came."""
 
     code, reason = "UNAUTHENTICATED", "UNAUTHENTICATED"
+
+
+class TokenExpired(Unauthenticated):
+    """A token that was good until it ended. `name` is its own: who shows its secret may be named."""
+
+    reason = "TOKEN_EXPIRED"
+
+    def __init__(self, name: str) -> None:
+        super().__init__("this token has expired; the server's operator makes another by `queryselect token`")
+        self.name = name
 
 
 #: What Busy can be for want of: `limit` is one of these. A share is what another client is given in one's place.

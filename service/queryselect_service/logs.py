@@ -4,6 +4,7 @@ Requirements that the design meets:
 
 - Nothing in a line is a caller's own text but request ids, which are checked: no values, no names, no messages about
   them. What a caller did wrong the caller is told; here stand the code and the reason.
+- Libraries are heard only when they warn, whatever the level: they would write out addresses, headers and credentials.
 - A line is a line: whatever is in it, no line break and no control character leaves it as such.
 """
 
@@ -18,6 +19,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 FORMATS = ("auto", "json", "text")
+#: The packages whose lines are ours.
+OURS = ("queryselect", "queryselect_service")
 #: The longest text of an error, in characters.
 MOST = 20_000
 #: What stands in a line of text as it is.
@@ -72,7 +75,10 @@ def begin(level: str, form: str) -> None:
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
     handler = logging.StreamHandler()
     handler.setFormatter(TextFormatter() if text else JsonFormatter())
-    logging.basicConfig(level=level, handlers=[handler])
+    severity = logging.getLevelNamesMapping()[level]
+    logging.basicConfig(level=max(severity, logging.WARNING), handlers=[handler])
+    for name in OURS:
+        logging.getLogger(name).setLevel(severity)
     logging.captureWarnings(capture=True)
 
 

@@ -7,7 +7,7 @@ it knows. docs/operations.md tells who uses which.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -35,8 +35,18 @@ ROWS = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_0
 DIMS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16_384, 65_536)
 #: The codes of RPCs whose callers did not wait for the answer.
 LEFT = ("CANCELLED", "DEADLINE_EXCEEDED")
+SELECTIONS = ("Select", "SelectStream")
 #: Reasons that alerts ask for.
-REASONS = ("BUG", "DEVICE_LOST", "IDLE", "OUT_OF_MEMORY", "SLOW", *(f"BUSY:{limit}" for limit in BUSY))
+REASONS = (
+    "BUG",
+    "DEVICE_LOST",
+    "IDLE",
+    "OUT_OF_MEMORY",
+    "SLOW",
+    "SOURCE",
+    "SOURCE_REFUSED",
+    *(f"BUSY:{limit}" for limit in BUSY),
+)
 #: Seconds after which what was last seen of the device's memory is old: nobody can look at it now.
 STALE = 5.0
 
@@ -92,7 +102,7 @@ class Metrics:
             "receive_duration_seconds", "Time that an admitted selection waited for its bytes", "strategy"
         )
         self.kernel = histogram("kernel_duration_seconds", "Time that a selection had the device", "strategy")
-        self.rows = histogram("pool_rows", "Rows of the pools of requests that passed all checks", buckets=ROWS)
+        self.rows = histogram("pool_rows", "Rows of the pools of requests that are right in themselves", buckets=ROWS)
         self.dims = histogram("pool_dim", "Dimensions of the embeddings among them", buckets=DIMS)
         gauge("in_flight", "Selections admitted and not ended").set_function(lambda: engine.host.taken)
         gauge("queue_depth", "Jobs that are ready and wait for the device").set_function(lambda: len(engine.queue))
@@ -104,6 +114,11 @@ class Metrics:
         self.ready = gauge("ready", "1 where readiness is SERVING, else 0")
         self.current = gauge(
             "file_current", "1 where what a file says now is in use, 0 where it can't be and an older one is", "file"
+        )
+        self.ends = gauge(
+            "file_expiry_timestamp_seconds",
+            "When the certificate that is in use ends, and the next of the tokens; not a number where none does",
+            "file",
         )
         build = gauge("build_info", "Always 1; the labels tell the versions", "version", "torch")
         build.labels(version("queryselect"), torch.__version__).set(1)
@@ -117,9 +132,13 @@ class Metrics:
             cache, (self.queued.labels, self.received.labels, self.kernel.labels)
         )
 
-    def follow(self, file: Reloaded[Any]) -> None:
-        """Tells whether the file is in use as it is now; a scrape looks, for nobody may connect meanwhile."""
+    def follow(self, file: Reloaded[Any], ends: Callable[[], float]) -> None:
+        """Tells of a file whether it is in use as it is now; a scrape looks, for nobody may connect meanwhile.
+
+        ends: when something of it does, in seconds since 1970; not a number where nothing does.
+        """
         self.current.labels(file.what).set_function(lambda: file.current)
+        self.ends.labels(file.what).set_function(ends)
 
     def ended(self, rpc: str, call: Call, code: str, reason: str | None) -> None:
         """Counts an RPC. reason: why it failed."""
@@ -127,7 +146,8 @@ class Metrics:
         self._requests(rpc, strategy, code).inc()
         self._duration(rpc, strategy).observe(times.total)
         if code in LEFT:
-            self._cancelled(times.last).inc()
+            if rpc in SELECTIONS:
+                self._cancelled(times.last).inc()
         elif reason is not None:
             self._rejected(reason).inc()
             if reason == "OUT_OF_MEMORY":

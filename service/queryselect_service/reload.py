@@ -15,12 +15,17 @@ Value = TypeVar("Value")
 log = logging.getLogger(__name__)
 
 
+#: When what could not be read is tried again though it has not changed, in seconds: the fault may be elsewhere, such as
+#: too many open files.
+AGAIN = 1.0
+
+
 class Reloaded(Generic[Value]):
     """What `read` makes of some files, made again when they have changed. Thread-safe.
 
     A file has changed where its inode, its size or one of its times has: written anew, renamed into place, or reached
     by a link that leads elsewhere now, as Kubernetes swaps those of mounted secrets. What can't be read, because it is
-    gone, half-written or wrong, is logged once and leaves what was there.
+    gone, half-written or wrong, is logged once, leaves what was there, and is tried again.
     """
 
     def __init__(self, what: str, paths: Sequence[Path], read: Callable[[], Value], every: float = 0.0) -> None:
@@ -30,7 +35,7 @@ class Reloaded(Generic[Value]):
         """
         self.what, self._paths, self._read, self._every = what, paths, read, every
         self._looking, self._looked, self._seen = threading.Lock(), time.monotonic(), self._marks()
-        self._value, self._current = read(), True
+        self._value, self._tried, self._wrong = read(), time.monotonic(), ""
 
     def get(self) -> Value:
         """The latest that could be read. Raises nothing; only one caller at a time looks, and nobody waits for it."""
@@ -45,20 +50,22 @@ class Reloaded(Generic[Value]):
     def current(self) -> bool:
         """Whether what the files say now is in use. Looks at them as `get` does."""
         self.get()
-        return self._current
+        return not self._wrong
 
     def _look(self) -> None:
-        marks = self._marks()
-        if marks != self._seen:
-            self._seen = marks  # what is half-written now has other marks once it is whole
-            try:
-                self._value, self._current = self._read(), True
-            except (OSError, ValueError) as error:
-                self._current = False
+        marks, self._looked = self._marks(), time.monotonic()
+        if marks == self._seen and not (self._wrong and self._looked >= self._tried + AGAIN):
+            return
+        self._seen, self._tried = marks, self._looked  # what is half-written now has other marks once it is whole
+        try:
+            self._value = self._read()
+        except (OSError, ValueError) as error:
+            if str(error) != self._wrong:
                 log.error("%s: the new one is not used: %s", self.what, error)  # noqa: TRY400  # no bug of ours
-            else:
-                log.info("%s: read anew", self.what)
-        self._looked = time.monotonic()
+            self._wrong = str(error) or type(error).__name__
+        else:
+            self._wrong = ""
+            log.info("%s: read anew", self.what)
 
     def _marks(self) -> list[tuple[int, ...] | None]:
         marks: list[tuple[int, ...] | None] = []

@@ -264,9 +264,9 @@ def start(settings: Settings) -> Server:
     checks = DeviceHealth(service.engine, names)
     metrics.ready.set_function(lambda: checks.ready)
     if pair is not None:
-        metrics.follow(pair)
+        metrics.follow(pair, lambda: pair.get().ends)
     if frontend.tokens is not None:
-        metrics.follow(frontend.tokens.file)
+        metrics.follow(frontend.tokens.file, frontend.tokens.next_end)
     _add_health(server, checks, frontend.patience)
     if settings.reflection:
         described = BoundedReflection(
@@ -288,7 +288,10 @@ def start(settings: Settings) -> Server:
                 options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", HEALTH_BYTES)],
             )
             _add_health(plain, checks, frontend.patience)
-            health_port = plain.add_insecure_port(f"{host}:{settings.health_port}")
+            try:
+                health_port = plain.add_insecure_port(f"{host}:{settings.health_port}")
+            except RuntimeError as error:
+                raise RuntimeError(f"health port {settings.health_port}: {error}") from error
         if settings.metrics_port >= 0:
             endpoint = _endpoint(settings, metrics)
             metrics_port = endpoint.server_port
@@ -353,6 +356,10 @@ def run(settings: Settings) -> None:
     server = start(settings)
     gc.collect()
     gc.freeze()  # what is here stays: looking through all of it now and then would stop every thread for long
+    ports = {"port": server.port, "metrics_port": server.metrics_port, "health_port": server.health_port}
+    log.info(
+        "serving", extra=logs.fields(host=settings.host, **{name: each for name, each in ports.items() if each >= 0})
+    )
     # Printed for people and for programs that asked for a free port.
     plain = f", health on port {server.health_port}" if server.health_port >= 0 else ""
     print(

@@ -29,7 +29,7 @@ from queryselect_service import allocator, status, wire
 from queryselect_service.auth import Tokens
 from queryselect_service.call import ANYONE, Call, Caller
 from queryselect_service.checks import check_request_id
-from queryselect_service.errors import Busy, Cancelled, InvalidInput, Unavailable
+from queryselect_service.errors import Busy, Cancelled, InvalidInput, TokenExpired, Unavailable
 from queryselect_service.logs import fields
 from queryselect_service.metrics import LEFT, Metrics
 from queryselect_service.patience import Patience
@@ -148,7 +148,11 @@ class Frontend:
         try:
             if not context.add_callback(call.leave):
                 call.leave()
-            call.caller = self.caller(context)  # before anything else is read
+            try:
+                call.caller = self.caller(context)  # before anything else is read
+            except TokenExpired as error:
+                call.peer = error.name
+                raise
             call.peer = call.caller.name or call.peer
             self.name(call, str(metadata.get("x-request-id", "")))
             with self._counted():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import ipaddress
-import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 from urllib.parse import urlsplit
 
+from queryselect_service.host import host_memory
+
 PREFIX = "QUERYSELECT_"
 MIB = 1 << 20
+#: Seconds. What takes longer is a mistake, and clocks of systems end somewhere.
+DAY = 86_400
+#: What Kubernetes tells every pod of a Service whose name begins like ours; QUERYSELECT_PORT=tcp://… is one.
+LINK = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 #: What says whether, where all is text: bool("false") would be true.
 TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -28,10 +34,6 @@ def setting(
 ) -> Any:
     """A setting with its default, one line of documentation, and its smallest and largest value."""
     return field(default=default, metadata={"doc": doc, "low": low, "high": high, "secret": secret})
-
-
-def _host_bytes() -> int:
-    return int(0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,11 @@ class Settings:
     max_dims: int = setting(65_536, "dimensions of an embedding", low=1)
     max_classes: int = setting(100_000, "classes", low=1)
     max_budget: int = setting(1_000_000, "picks of one request", low=1)
-    max_host_bytes: int = setting(_host_bytes(), "host memory for one request, bytes; default 60 % of RAM", low=1)
+    max_host_bytes: int = setting(
+        int(0.6 * host_memory().total),
+        "host memory for requests, each and all together, bytes; default 60 % of RAM, or of the container's limit",
+        low=1,
+    )
     max_inline_bytes: int = setting(64 * MIB, "bytes of one message", low=1024)
     max_id_bytes: int = setting(128, "bytes of one id", low=1)
     max_quotas: int = setting(8, "quotas of one request", low=0)
@@ -77,17 +83,17 @@ class Settings:
         "", "prefixes of addresses that requests may read tensors from, separated by commas; empty: none"
     )
     max_sources: int = setting(64, "tensors of one request that are read by reference", low=0)
-    idle_stream: float = setting(30.0, "silence after which a stream is aborted, seconds", low=0)
-    upload_grace: float = setting(60.0, "time that an upload may take, however slow, seconds", low=0)
+    idle_stream: float = setting(30.0, "silence after which a stream is aborted, seconds", low=0, high=DAY)
+    upload_grace: float = setting(60.0, "time that an upload may take, however slow, seconds", low=0, high=DAY)
     min_upload_rate: int = setting(
         64 << 10, "average speed below which an upload that takes longer is aborted, bytes per second; 0: none", low=0
     )
     max_queue: int = setting(64, "requests waiting for the device", low=0)
-    queue_wait: float = setting(120.0, "longest wait for the device, seconds", low=0)
+    queue_wait: float = setting(120.0, "longest wait for the device, seconds", low=0, high=DAY)
     queue_ageing: float = setting(
-        10.0, "wait after which a request goes before shorter ones that came later, seconds", low=0
+        10.0, "wait after which a request goes before shorter ones that came later, seconds", low=0, high=DAY
     )
-    drain_grace: float = setting(60.0, "time for running requests when the server stops, seconds", low=0)
+    drain_grace: float = setting(60.0, "time for running requests when the server stops, seconds", low=0, high=DAY)
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -129,6 +135,12 @@ class Settings:
         return "\n".join(f"{name} = {value!r}" for name, value in self.told().items())
 
 
+def _is_link(variable: str, text: str) -> bool:
+    """Whether Kubernetes has set the variable."""
+    end = variable.removeprefix(PREFIX.rstrip("_"))
+    return LINK.search(end) is not None or (end.endswith("_PORT") and "://" in text)
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -167,11 +179,10 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
             given.update(tomllib.loads(Path(config).read_text()))
         except (OSError, ValueError) as error:
             raise ValueError(f"config {config}: {error}") from error
-    for name in kinds:
-        text = environment.get(PREFIX + name.upper())
-        # Kubernetes sets QUERYSELECT_PORT=tcp://… in every pod beside a Service named queryselect.
-        if text is not None and not text.startswith("tcp://"):
-            given[name] = text
+    names = {PREFIX + name.upper(): name for name in kinds}
+    for variable, text in environment.items():
+        if variable.startswith(PREFIX) and variable != PREFIX + "CONFIG" and not _is_link(variable, text):
+            given[names.get(variable, variable)] = text
     given.update({name: value for name, value in flags.items() if value is not None})
     unknown = sorted(set(given) - set(kinds))
     if unknown:

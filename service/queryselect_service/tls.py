@@ -10,18 +10,30 @@ Requirements that the design meets:
 
 from __future__ import annotations
 
+import math
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
 from queryselect_service.reload import Reloaded
 from queryselect_service.settings import Settings
 
+#: OpenSSL's flag for whoever does not mind that a certificate has ended, for which `ssl` has no name.
+NO_CHECK_TIME = 0x200000
 
-def pair(settings: Settings) -> Reloaded[grpc.ServerCertificateConfiguration]:
+
+class Pair(NamedTuple):
+    """Certificate, key and whom to trust, as gRPC takes them. ends: of the certificate, in seconds since 1970."""
+
+    taken: grpc.ServerCertificateConfiguration
+    ends: float
+
+
+def pair(settings: Settings) -> Reloaded[Pair]:
     """Certificate, key and whom to trust, as the files say now. Raises ValueError for files that can't be used."""
     cert, key = Path(settings.tls_cert), Path(settings.tls_key)
     authorities = Path(settings.tls_client_ca) if settings.tls_client_ca else None
@@ -29,16 +41,14 @@ def pair(settings: Settings) -> Reloaded[grpc.ServerCertificateConfiguration]:
     return Reloaded("certificate", files, lambda: _read(cert, key, authorities))
 
 
-def credentials(pair: Reloaded[grpc.ServerCertificateConfiguration], *, ask: bool) -> grpc.ServerCredentials:
+def credentials(pair: Reloaded[Pair], *, ask: bool) -> grpc.ServerCredentials:
     """What a port needs to speak TLS. ask: whether clients need a certificate too."""
     given = pair.get()
     news: Any = _news(pair, given)  # its stubs do not know of None
-    return grpc.dynamic_ssl_server_credentials(given, news, ask)
+    return grpc.dynamic_ssl_server_credentials(given.taken, news, ask)
 
 
-def _news(
-    pair: Reloaded[grpc.ServerCertificateConfiguration], given: grpc.ServerCertificateConfiguration
-) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
+def _news(pair: Reloaded[Pair], given: Pair) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
     """What gRPC asks at every new connection: the pair where it is another than before, else None."""
 
     def news() -> grpc.ServerCertificateConfiguration | None:
@@ -47,12 +57,12 @@ def _news(
         if now is given:
             return None  # gRPC would make everything anew
         given = now
-        return now
+        return now.taken
 
     return news
 
 
-def _read(cert: Path, key: Path, authorities: Path | None) -> grpc.ServerCertificateConfiguration:
+def _read(cert: Path, key: Path, authorities: Path | None) -> Pair:
     """The pair, and whom to trust. Raises ValueError where they are no PEM or don't belong together."""
     paths = {"tls_cert": cert, "tls_key": key} | ({} if authorities is None else {"tls_client_ca": authorities})
     before = {name: _bytes(name, path) for name, path in paths.items()}
@@ -69,7 +79,31 @@ def _read(cert: Path, key: Path, authorities: Path | None) -> grpc.ServerCertifi
     if before != {name: _bytes(name, path) for name, path in paths.items()}:  # OpenSSL has read by itself
         raise ValueError("the files of tls_cert, tls_key and tls_client_ca are being written just now")
     pair = (before["tls_key"], before["tls_cert"])
-    return grpc.ssl_server_certificate_configuration([pair], before.get("tls_client_ca"))
+    taken = grpc.ssl_server_certificate_configuration([pair], before.get("tls_client_ca"))
+    return Pair(taken, _ends(context, before["tls_cert"].decode("ascii", "ignore")))
+
+
+def _ends(server: ssl.SSLContext, chain: str) -> float:
+    """When the certificate ends, as a client sees it who is shown it: `ssl` reads it for nobody else.
+
+    Not a number where no client would take the certificate whenever it ends, such as one that is for clients.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_flags = ssl.VerifyFlags(ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    try:
+        context.load_verify_locations(cadata=chain)
+        client = context.wrap_bio(to_client, to_server)
+        sides = (client, server.wrap_bio(to_server, to_client, server_side=True))
+        for _ in range(4):  # more than a handshake has turns
+            for side in sides:
+                with suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+        shown = client.getpeercert()
+        return math.nan if not shown else ssl.cert_time_to_seconds(str(shown["notAfter"]))
+    except (ssl.SSLError, ValueError):
+        return math.nan
 
 
 def _bytes(name: str, path: Path) -> bytes:

@@ -85,7 +85,7 @@ def test_no_expression_names_what_does_not_exist(measured):
     histograms = {name for name, (kind, _) in measured.items() if kind == "histogram"}
     for expression in expressions():
         named = set(re.findall(r"\b(?:queryselect|process)_\w+", expression))
-        assert named, expression
+        assert named or expression.startswith("up{"), expression
         assert named <= known - histograms, expression
     assert set(re.findall(r"\"(queryselect_\w+)\"", BENCHMARKS)) - {"queryselect_service"} <= known
 

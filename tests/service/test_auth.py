@@ -390,13 +390,19 @@ def test_the_file_is_looked_at_once_a_second(tmp_path):
     assert until(known)
 
 
-def test_a_token_may_end(guarded):
+def test_a_token_may_end(guarded, caplog):
+    caplog.set_level(logging.INFO, "queryselect_service")
     _, channel, file = guarded
     call, now = calls(channel)["GetServerInfo"], datetime.now(UTC)
     put(file, stanza(expires=now + timedelta(hours=1)))
     assert call(bearer())
     put(file, stanza(expires=now - timedelta(seconds=1)))
-    assert "has expired" in refusal(lambda: call(bearer())).details()
+    caplog.clear()
+    error = refusal(lambda: call(bearer()))
+    assert "has expired" in error.details()
+    assert detail(rpc_status.from_call(error), error_details_pb2.ErrorInfo).reason == "TOKEN_EXPIRED"
+    (line,) = (each for each in caplog.records if each.name.endswith("servicer"))
+    assert line.fields["peer"] == "studio", "whoever is to make another sees whose"
     assert refusal(lambda: call(bearer(f"qs_studio_{'0' * 64}"))).details() == auth.NEEDED, "only its owner is told"
 
 
@@ -542,7 +548,7 @@ def test_a_token_that_the_command_makes_is_served(guarded, capsys):
     assert token.rpartition("_")[2] not in out
     assert (entry["max_rows"], entry["max_bytes"], entry["max_in_flight"]) == (5, 1_000_000, 1)
     assert timedelta(days=1) < entry["expires"] - datetime.now(UTC) <= timedelta(days=2)
-    put(file, stanza() + out)
+    put(file, stanza().rstrip() + out)  # a line of an editor that ends none
     assert calls(channel)["GetServerInfo"](bearer(token))
     over(lambda: calls(channel)["Select"](bearer(token)), "max_rows", 5)
     assert cli.main(["token", "plain"]) == 0

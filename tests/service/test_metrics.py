@@ -15,9 +15,17 @@ import pytest
 from prometheus_client import parser as text_parser
 from prometheus_client.openmetrics import parser as open_parser
 
-from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2, tensor_pb2
+from queryselect.v1 import (
+    selection_pb2,
+    selection_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+    strategy_pb2,
+    tensor_pb2,
+)
 from queryselect_service import endpoint, engine, server
 from queryselect_service import metrics as module
+from queryselect_service.errors import Cancelled
 from queryselect_service.settings import Settings
 from tests.service.streams import Talk, streamed
 from tests.service.test_errors import FAR, X, request, sleepy
@@ -187,6 +195,20 @@ def test_who_leaves_is_counted_by_where_the_request_was(serve):
     running.cancel()
     seen.grows("cancelled_total", phase="kernel")
     assert seen.more("cancelled_total", phase="queue") == seen.more("cancelled_total", phase="kernel") == 1
+
+
+def test_who_leaves_without_a_selection_is_not_counted_as_one(serve, monkeypatch):
+    started, channel = serve()
+    seen = Seen(started)
+
+    def leave(_):
+        raise Cancelled("the caller has gone")
+
+    monkeypatch.setattr(started.frontend.service, "server_info", leave)
+    with pytest.raises(grpc.RpcError):
+        server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest())
+    seen.grows("requests_total", rpc="GetServerInfo", strategy="", code="CANCELLED")
+    assert not [name for name, *_ in seen.all() if name == "queryselect_cancelled_total"]
 
 
 @pytest.mark.parametrize("name", ["no such plug-in", 'x"} 1\nqueryselect_ready 0', "\x1b[31m", "é" * 50])

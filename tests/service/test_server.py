@@ -216,7 +216,22 @@ def test_settings_come_from_flags_then_environment_then_file(tmp_path):
     assert (settings.port, settings.max_rows, settings.host, settings.queue_wait) == (3, 20, "::1", 1.5)
     assert load([], {"QUERYSELECT_CONFIG": str(config)}).port == 1
     assert "port = 3" in str(settings)
-    assert load([], {"QUERYSELECT_PORT": "tcp://10.0.0.1:50051"}).port == 50051, "Kubernetes' own variable"
+
+
+def test_what_kubernetes_tells_of_services_is_no_setting():
+    links = {
+        "QUERYSELECT_PORT": "tcp://10.0.0.1:50051",
+        "QUERYSELECT_METRICS_PORT": "tcp://10.0.0.2:9090",
+        "QUERYSELECT_SERVICE_HOST": "10.0.0.1",
+        "QUERYSELECT_SERVICE_PORT": "50051",
+        "QUERYSELECT_SERVICE_PORT_GRPC_TLS": "50051",
+        "QUERYSELECT_PORT_50051_TCP": "tcp://10.0.0.1:50051",
+        "QUERYSELECT_PORT_50051_TCP_PROTO": "tcp",
+        "QUERYSELECT_PORT_50051_TCP_PORT": "50051",
+        "QUERYSELECT_PORT_50051_TCP_ADDR": "10.0.0.1",
+        "QUERYSELECT_OTHER_SERVICE_HOST": "10.0.0.2",
+    }
+    assert load([], links) == Settings()
 
 
 @pytest.mark.parametrize(
@@ -226,6 +241,14 @@ def test_settings_come_from_flags_then_environment_then_file(tmp_path):
         ([], {"QUERYSELECT_MAX_ROWS": "0"}, "max_rows must be at least 1; it is 0"),
         (["--port", "70000"], {}, "port must be at most 65535; it is 70000"),
         (["--metrics-port", "70000"], {}, "metrics_port must be at most 65535"),
+        ([], {"QUERYSELECT_TOKENFILE": "tokens.toml"}, "there is no setting QUERYSELECT_TOKENFILE; there are host, "),
+        ([], {"QUERYSELECT_METRIC_PORT": "9090"}, "there is no setting QUERYSELECT_METRIC_PORT"),
+        ([], {"QUERYSELECT_token_file": "tokens.toml"}, "there is no setting QUERYSELECT_token_file"),
+        *(
+            ([f"--{name}", value], {}, f"{name.replace('-', '_')} must be at most 86400")
+            for name in ("drain-grace", "queue-wait", "idle-stream", "upload-grace", "queue-ageing")
+            for value in ("inf", "1e10")
+        ),
         (["--config", "CONFIG"], {}, "there is no setting colour"),
         (["--config", "MISSING"], {}, "config MISSING: "),
         (["--config", "BROKEN"], {}, "BROKEN: "),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import logging
 import threading
 import time
 import weakref
@@ -624,6 +625,29 @@ class TestStores:
         web.bend["/x.npy"] = lambda answer, _: setattr(answer, "pause", 0.02) or answer
         with pytest.raises(queryselect.Unavailable, match=r"within 0\.3 s"):
             serving(f"https://localhost:{web.port}").select("margin", budget=5, logits=ref_of(web, "x.npy"))
+
+    def test_a_store_that_refuses_this_server_is_told_to_its_operator(self, web, serving, caplog):
+        caplog.set_level(logging.INFO, "queryselect_service")
+        web.bend["/pools/of-somebody.npy"] = lambda answer, _: setattr(answer, "status", 403) or answer
+        client = serving(f"https://localhost:{web.port}/pools")
+        with pytest.raises(queryselect.PermissionDenied, match="does not let this server read it"):
+            client.select("margin", budget=5, logits=ref_of(web, "pools/of-somebody.npy"))
+        (warned,) = (each for each in caplog.records if each.name.endswith("fetch"))
+        told = caplog.records[-1]
+        assert (warned.levelname, told.fields["reason"]) == ("WARNING", "SOURCE_REFUSED")
+        assert warned.message == (
+            f"reading from https://localhost:{web.port}/pools fails: its server does not let this server read it"
+        )
+
+    def test_credentials_that_this_server_has_not_are_its_operators_to_mend(self, bucket, serving, monkeypatch, caplog):
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        s3._client.cache_clear()
+        with pytest.raises(queryselect.PermissionDenied, match="NoCredentialsError"):
+            serving("s3://pools").select("margin", budget=5, logits=TensorRef(uri="s3://pools/x.npy"))
+        assert "reading from s3://pools fails: this server's settings for s3:// do not work" in caplog.text
+        s3._client.cache_clear()
 
     def test_a_store_that_is_not_there(self, web, serving, monkeypatch):
         monkeypatch.setattr(https, "TRIES", 1)

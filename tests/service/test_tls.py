@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import socket
 import ssl
 import threading
@@ -16,7 +17,10 @@ import grpc
 import numpy as np
 import pytest
 import trustme
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.service.loopback import QUIETLY, process
@@ -242,6 +246,36 @@ def test_a_pair_that_can_not_be_used_leaves_the_old_one_and_is_told_once(tmp_pat
         assert current(own) == 1
 
 
+def end(own) -> float:
+    """When the certificate ends, as a scrape tells it."""
+    return own.frontend.metrics.registry.get_sample_value(
+        "queryselect_file_expiry_timestamp_seconds", {"file": "certificate"}
+    )
+
+
+def test_when_the_certificate_ends_is_told(tmp_path, issued):
+    """Of one that goes on and of one that has ended; whoever looks need not connect."""
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).replace(microsecond=0)
+    write(tmp_path, issued[0].pair(not_after=tomorrow))
+    with serving(tmp_path) as own:
+        assert end(own) == tomorrow.timestamp()
+        one_by_one(
+            tmp_path, issued[0].pair(not_before=LONG_AGO - timedelta(1), not_after=LONG_AGO.replace(microsecond=0))
+        )
+        assert end(own) == LONG_AGO.replace(microsecond=0).timestamp()
+        one_by_one(tmp_path, one_of_its_own(tomorrow))
+        assert end(own) == tomorrow.timestamp()
+
+
+def one_of_its_own(ends: datetime) -> tuple[bytes, bytes]:
+    """A certificate that no CA has signed, and its key, as openssl makes them."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, ends - timedelta(days=9), ends)
+    return made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM), key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
 def test_mtls_lets_in_who_has_a_certificate_of_the_ca(tmp_path, issued):
     mine, other = issued
     write(tmp_path, mine.pair())
@@ -314,11 +348,16 @@ def test_a_server_of_its_own_says_nothing_secret(tmp_path, issued):
             for bad in (token[:-1] + "x", f"qs_studio_{hashed.hex()}"):
                 with Client(f"localhost:{port}", tls=tls, token=bad) as client, pytest.raises(Unauthenticated):
                     client.select("random", 2, num_rows=5)
+            with Client(f"localhost:{port}", retries=0) as client, pytest.raises(Unavailable):
+                client.select("random", 2, num_rows=5)  # no handshake
             with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics") as page:
                 shown = page.read().decode()
     written = (tmp_path / "log").read_text()
     assert str(tmp_path / "tokens.toml") in written, "the settings"
     assert "UNAUTHENTICATED" in written
+    lines = [json.loads(line) for line in written.splitlines()]
+    (serves,) = (each for each in lines if each["message"] == "serving")
+    assert (serves["port"], serves["metrics_port"], serves["health_port"]) == (port, metrics, plain)
     for secret in (token.rpartition("_")[2][:-1], salt.hex(), hashed.hex(), "PRIVATE KEY"):
         assert secret not in written + shown
 

@@ -26,6 +26,7 @@ OF = '{job="queryselect",instance="a:9090"%s}'
 #: What each alert is about: series over 40 minutes that fire it, and the same of a server that is well.
 CASES = {
     "QuerySelectGone": ({}, {"queryselect_build_info": "1x40"}),
+    "QuerySelectNotScraped": ({"up": "1x30 0x10"}, {"up": "1x35 0x2 1x3"}),
     "QuerySelectNotReady": ({"queryselect_ready": "0x40"}, {"queryselect_ready": "1x36 0x2 1x1"}),
     "QuerySelectDeviceSilent": (
         {"queryselect_build_info": "1x40"},
@@ -48,6 +49,7 @@ CASES = {
         {
             'queryselect_requests_total,rpc="Select",code="OK"': "0+60x40",
             'queryselect_rejected_total,reason="BUSY:queue"': "0+2x40",
+            'queryselect_rejected_total,reason="BUSY:selections"': "0+30x40",
             'queryselect_rejected_total,reason="INVALID_INPUT"': "0+30x40",
         },
     ),
@@ -87,9 +89,23 @@ CASES = {
             'queryselect_device_memory_bytes,kind="total"': "100x40",
         },
     ),
+    "QuerySelectStore": (
+        {'queryselect_rejected_total,reason="SOURCE_REFUSED"': "0+1x40"},
+        {
+            'queryselect_rejected_total,reason="SOURCE"': "0x38 2x2",
+            'queryselect_rejected_total,reason="NOT_ALLOWED"': "0+9x40",
+        },
+    ),
     "QuerySelectFileNotUsed": (
         {'queryselect_file_current,file="token_file"': "1x30 0x10"},
         {'queryselect_file_current,file="token_file"': "1x30 0x3 1x7"},
+    ),
+    "QuerySelectCertificateEnds": (  # time begins at 0 here
+        {'queryselect_file_expiry_timestamp_seconds,file="certificate"': "200000x40"},
+        {
+            'queryselect_file_expiry_timestamp_seconds,file="certificate"': "900000x40",
+            'queryselect_file_expiry_timestamp_seconds,file="token_file"': "200000x40",
+        },
     ),
     "QuerySelectFiles": (
         {"process_open_fds": "900x40", "process_max_fds": "1000x40"},

@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
             )
         except grpc.RpcError as error:
             assert isinstance(error, grpc.Call)  # every error that a stub raises is one
-            print(f"{chosen.target}: {error.code().name}: {error.details()}", file=sys.stderr)
+            unknown = f"no service {chosen.service!r} there" if error.code() is grpc.StatusCode.NOT_FOUND else ""
+            print(f"{chosen.target}: {error.code().name}: {unknown or error.details()}", file=sys.stderr)
             return 2
     print(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
     return 0 if answer.status == health_pb2.HealthCheckResponse.SERVING else 1

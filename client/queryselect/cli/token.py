@@ -29,11 +29,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--days", type=_count, help="how long it is good for (default: until it is taken out)")
     chosen = parser.parse_args(arguments)
     token, salt, hashed = _tokens.make(chosen.name)
-    lines = ["[[tokens]]", f'name = "{chosen.name}"', f'salt = "{salt.hex()}"', f'hash = "{hashed.hex()}"']
+    lines = ["", "[[tokens]]", f'name = "{chosen.name}"', f'salt = "{salt.hex()}"', f'hash = "{hashed.hex()}"']
     lines += [f"{limit} = {value}" for limit in LIMITS if (value := getattr(chosen, limit)) is not None]
     if chosen.days is not None:
         lines.append(f"expires = {(datetime.now(UTC) + timedelta(days=chosen.days)).isoformat(timespec='seconds')}")
-    print("\n".join(lines) + "\n")
+    print("\n".join(lines))  # a line of its own before it, for the file's last may have no end
     print(f"the token, shown only now: {token}", file=sys.stderr)
     return 0
 

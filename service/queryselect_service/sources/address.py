@@ -44,6 +44,9 @@ class Address:
         """The path as it stands in a URL."""
         return "/" + "/".join(quote(segment, safe="") for segment in self.segments)
 
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host}{self.url_path if self.segments else ''}"
+
     def within(self, prefix: Address) -> bool:
         """Whether the address is the prefix, or below it."""
         length = len(prefix.segments)

@@ -13,6 +13,7 @@ Requirements that the design meets:
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,15 @@ import torch
 from queryselect_service.call import Call
 from queryselect_service.checks import Array, Source, shape_text, type_name
 from queryselect_service.engine import POLL
-from queryselect_service.errors import InvalidInput, OverLimit, PermissionDenied, ServiceError, Unsupported
+from queryselect_service.errors import (
+    InvalidInput,
+    OverLimit,
+    PermissionDenied,
+    ServiceError,
+    SourceRefused,
+    SourceUnavailable,
+    Unsupported,
+)
 from queryselect_service.request import Request
 from queryselect_service.settings import Settings
 from queryselect_service.sources.address import Address, Allowed, parse
@@ -49,6 +58,8 @@ FORMATS = {
     "ARROW": ((".arrow", ".feather"), "columns", "read_arrow"),
 }
 _PACKAGE = "queryselect_service.sources"
+
+log = logging.getLogger(__name__)
 
 
 class Sources:
@@ -113,6 +124,7 @@ class Fetch:
 
     def __init__(self, request: Request, call: Call, threads: Executor, places: Sequence[Place]) -> None:
         self._request, self._call, self._threads, self._places = request, call, threads, places
+        self._prefixes = {each.array.path: each.prefix for each in places}
         self._readers: dict[str, Reader] = {}
         self._feeds: list[_Feed] = []
 
@@ -193,6 +205,10 @@ class Fetch:
             raise InvalidInput(f"{array.path}, read by reference: {error}", field=array.path) from None
         except ServiceError as error:
             self._call.check()
+            if isinstance(
+                error, SourceRefused | SourceUnavailable
+            ):  # the operator's to mend, so in the operator's words
+                log.warning("reading from %s fails: %s", self._prefixes[array.path], error.message)
             error.message, error.field = f"{array.path}, read by reference: {error.message}", array.path
             raise
 

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 
-from queryselect_service.errors import NotFound, ObjectChanged, PermissionDenied, SourceUnavailable
+from queryselect_service.errors import NotFound, ObjectChanged, SourceRefused, SourceUnavailable
 from queryselect_service.sources.address import Address
 
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO would wait for a writer
@@ -43,7 +43,7 @@ class File:
 
 
 def open_object(address: Address, prefix: Address, _: Callable[[], None]) -> File:
-    """Opens a file within the prefix. Raises NotFound, PermissionDenied."""
+    """Opens a file within the prefix. Raises NotFound, SourceRefused."""
     below = address.segments[len(prefix.segments) :]
     try:
         at = os.open("/" + prefix.path, _OPEN)
@@ -54,7 +54,7 @@ def open_object(address: Address, prefix: Address, _: Callable[[], None]) -> Fil
             finally:
                 os.close(above)
     except PermissionError:
-        raise PermissionDenied("this server's user may not read it") from None
+        raise SourceRefused("this server's user may not read it") from None
     except FileNotFoundError:
         raise NotFound("there is no such file") from None
     except OSError:  # a symbolic link; a file where a directory should be; a name too long

@@ -16,7 +16,7 @@ import google.auth.exceptions
 import urllib3
 from google.auth.transport.urllib3 import Request
 
-from queryselect_service.errors import PermissionDenied
+from queryselect_service.errors import SourceRefused
 from queryselect_service.sources.address import Address
 from queryselect_service.sources.https import Web
 
@@ -41,7 +41,7 @@ def _authorization() -> Mapping[str, str]:
             if credentials is not None:
                 credentials.before_request(_request(), "GET", HOST, headers)
     except google.auth.exceptions.GoogleAuthError:
-        raise PermissionDenied("this server's credentials for gs:// do not work") from None
+        raise SourceRefused("this server's credentials for gs:// do not work") from None
     return headers
 
 

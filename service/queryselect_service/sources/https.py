@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import urllib3
 
-from queryselect_service.errors import NotFound, ObjectChanged, PermissionDenied, ServiceError, SourceUnavailable
+from queryselect_service.errors import NotFound, ObjectChanged, ServiceError, SourceRefused, SourceUnavailable
 from queryselect_service.sources.address import Address
 from queryselect_service.sources.objects import Content, Remote, bare
 
@@ -113,9 +113,9 @@ def open_object(address: Address, _: Address, check: Callable[[], None]) -> Web:
 
 def _refuse(status: int) -> NoReturn:
     if 300 <= status < 400:
-        raise PermissionDenied("its server redirects elsewhere, and redirects are not followed")
+        raise SourceRefused("its server redirects elsewhere, and redirects are not followed")
     if status in (401, 403, 407):
-        raise PermissionDenied("its server does not let this server read it")
+        raise SourceRefused("its server does not let this server read it")
     if status in (404, 410):
         raise NotFound("there is no such object")
     if status == 412:

@@ -16,7 +16,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
-from queryselect_service.errors import NotFound, ObjectChanged, PermissionDenied, SourceUnavailable
+from queryselect_service.errors import NotFound, ObjectChanged, SourceRefused, SourceUnavailable
 from queryselect_service.sources.address import Address
 from queryselect_service.sources.https import CONNECT, SILENCE, TRIES, take
 from queryselect_service.sources.objects import Content, Remote, bare
@@ -49,7 +49,7 @@ class Key(Remote):
         except HTTPClientError as error:
             raise SourceUnavailable(f"its store does not answer as it should: {type(error).__name__}") from None
         except BotoCoreError as error:  # no credentials, or none that can be
-            raise PermissionDenied(f"this server's settings for s3:// do not work: {type(error).__name__}") from None
+            raise SourceRefused(f"this server's settings for s3:// do not work: {type(error).__name__}") from None
         if self.size < 0:
             self._etag, self.size = answer["ETag"], size
         elif (answer["ETag"], size) != (self._etag, self.size):
@@ -80,11 +80,11 @@ def _refuse(response: dict[str, Any]) -> NoReturn:
     if status == 404:
         raise NotFound("there is no such object")
     if status in (400, 401, 403):
-        raise PermissionDenied(f"its store does not let this server read it ({code[:40]})")
+        raise SourceRefused(f"its store does not let this server read it ({code[:40]})")
     if status == 412:
         raise ObjectChanged("it changed while it was read")
     if status == 416:
         raise Content("it has no bytes there")
     if 300 <= status < 400:
-        raise PermissionDenied("its store redirects elsewhere, and redirects are not followed")
+        raise SourceRefused("its store redirects elsewhere, and redirects are not followed")
     raise SourceUnavailable(f"its store answers with status {status}")
