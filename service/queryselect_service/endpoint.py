@@ -7,6 +7,7 @@ import logging
 import socket
 import sys
 import threading
+import time
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -16,6 +17,8 @@ from prometheus_client import CollectorRegistry, MetricsHandler
 CONNECTIONS = 16
 #: Silence after which a connection is closed, in seconds.
 SILENCE = 10.0
+#: How long to wait where a connection can't be taken, in seconds.
+PAUSE = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,14 @@ class Endpoint(ThreadingHTTPServer):
         """Listens no more."""
         self.shutdown()
         self.server_close()
+
+    def get_request(self) -> Any:
+        """The next connection. Where there are no descriptors left it stays there, and is not asked for at once."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(PAUSE)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answers in a thread of its own."""

@@ -77,6 +77,7 @@ def begin(level: str, form: str) -> None:
     handler.setFormatter(TextFormatter() if text else JsonFormatter())
     severity = logging.getLevelNamesMapping()[level]
     logging.basicConfig(level=max(severity, logging.WARNING), handlers=[handler])
+    logging.getLogger("urllib3").setLevel(max(severity, logging.ERROR))  # it warns of what a server has sent
     for name in OURS:
         logging.getLogger(name).setLevel(severity)
     logging.captureWarnings(capture=True)

@@ -235,13 +235,18 @@ class Request:
         return Sizes(
             **letters,
             S=sum(array.shape[1] for name, array in self.inputs.items() if strategies.base(name) != name),
-            M=sum(each.size for each in self.references if each.role in self.strategy.roles),
+            M=self.reference_rows,
             k=self.max_items or 0,
             item=max((array.dtype.itemsize for array in used), default=8),
             entries=sum(math.prod(array.shape) for array in used),
             inputs=sum(array.nbytes for array in used),
             multilabel=self.task is Task.MULTILABEL,
         )
+
+    @property
+    def reference_rows(self) -> int:
+        """The rows of references that the strategy reads, once checked."""
+        return sum(each.size for each in self.references if each.role in self.strategy.roles)
 
     @property
     def used(self) -> list[str]:
@@ -432,6 +437,7 @@ class Request:
         letters = self.letters
         checks = (
             ("rows", self.size, settings.max_rows, "max_rows", "pool"),
+            ("rows of references", self.reference_rows, settings.max_rows, "max_rows", "references"),
             (f"{self._unit}s", self.num_items, settings.max_rows, "max_rows", "pool"),
             ("embedding dimensions", letters.get("D", 0), settings.max_dims, "max_dims", "pool.embeddings"),
             ("classes", letters.get("C", 0), settings.max_classes, "max_classes", "pool"),

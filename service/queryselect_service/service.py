@@ -72,7 +72,7 @@ class Service:
             with call.times.phase("decode"), self.desk:  # now types and shapes are known
                 request.check(self.settings, call.check)
         call.sizes = {**request.letters, "k": request.max_items or 0}
-        call.caller.check_rows(request.size)
+        call.caller.check_rows(max(request.size, request.reference_rows))
         return request, fetch
 
     def run(

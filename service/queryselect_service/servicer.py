@@ -35,7 +35,6 @@ from queryselect_service.metrics import LEFT, Metrics
 from queryselect_service.patience import Patience
 from queryselect_service.queue import RETRY_AFTER, Room
 from queryselect_service.service import STREAMS_BEYOND, Service
-from queryselect_service.sources.fetch import THREADS
 from queryselect_service.threads import started
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class Frontend:
         self.patience = Patience()
         self.threads = started(most + REFUSING, "selection")
         service.readers = started(service.settings.max_queue + 2 * STREAMS_BEYOND, "inbox")
-        service.sources.threads = started(THREADS, "fetch")
+        service.sources.begin()
 
     def drain(self, grace: float) -> None:
         """Refuses what comes from now on, and waits for what runs, at most `grace` seconds."""
@@ -87,7 +86,7 @@ class Frontend:
         self.patience.close()
         self.threads.shutdown(wait=False)
         self.service.readers.shutdown(wait=False)
-        self.service.sources.threads.shutdown(wait=False)
+        self.service.sources.close()
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -162,7 +161,8 @@ class Frontend:
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:  # noqa: BLE001  # whatever it is
-            reason, abortion = status.cause(error), status.to_grpc(error, call.request_id)
+            code, reason = grpc.StatusCode.INTERNAL, status.cause(error)
+            abortion = status.to_grpc(error, call.request_id)
             code = abortion.code
             traceback.clear_frames(error.__traceback__)  # they hold the request's tensors, in a circle with the error
             context.abort_with_status(abortion)  # raises, which ends the RPC
@@ -176,7 +176,8 @@ class Frontend:
         self.metrics.ended(rpc, call, code.name, reason)
         traced = {}
         if self.tracing is not None:
-            traced = self.tracing.ended(METHODS[rpc], call, (code.value[0], code.name), reason, metadata)
+            known = metadata if code is not grpc.StatusCode.UNAUTHENTICATED else {}  # strangers decide on no trace
+            traced = self.tracing.ended(METHODS[rpc], call, (code.value[0], code.name), reason, known)
         if not log.isEnabledFor(logging.INFO):
             return
         times = call.times

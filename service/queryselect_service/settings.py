@@ -65,7 +65,7 @@ class Settings:
     otlp_endpoint: str = setting(
         "", "address that traces are sent to by OTLP, such as http://localhost:4318/v1/traces; empty: none"
     )
-    max_rows: int = setting(50_000_000, "rows of a pool", low=1)
+    max_rows: int = setting(50_000_000, "rows of a pool, or of references", low=1)
     max_dims: int = setting(65_536, "dimensions of an embedding", low=1)
     max_classes: int = setting(100_000, "classes", low=1)
     max_budget: int = setting(1_000_000, "picks of one request", low=1)

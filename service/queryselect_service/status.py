@@ -59,9 +59,9 @@ def from_exception(error: BaseException, request_id: str) -> status_pb2.Status:
 
 
 def _short(text: str, most: int) -> str:
-    """The text, or as much of its beginning as fits `most` bytes."""
+    """The text, or as much of its beginning as fits `most` bytes; ? where something is no character."""
     data = text.encode(errors="replace")
-    return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "…"
+    return data.decode() if len(data) <= most else data[: most - 3].decode(errors="ignore") + "…"
 
 
 def _bug(error: BaseException, request_id: str) -> status_pb2.Status:

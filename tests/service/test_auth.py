@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from queryselect import Client, Unauthenticated, _tokens, cli
+from queryselect import Client, TooLarge, Unauthenticated, _tokens, cli
 from queryselect.v1 import selection_pb2_grpc, server_pb2, server_pb2_grpc, strategy_pb2, strategy_pb2_grpc
 from queryselect_service import auth, server
 from queryselect_service.settings import Settings, load
@@ -416,6 +416,25 @@ def over(call, setting: str, limit: int) -> None:
     metadata = detail(rpc_status.from_call(caught.value), error_details_pb2.ErrorInfo).metadata
     assert (metadata["setting"], metadata["limit"]) == (setting, str(limit))
     assert f"over this token's limit of {limit} ({setting})" in caught.value.details()
+
+
+def test_rows_of_references_count_too(file):
+    own = server.start(Settings(port=0, metrics_port=-1, token_file=str(file), max_rows=12))
+    file.write_text(stanza(max_rows=9))
+
+    def samples(rows: int):
+        return np.random.default_rng(0).dirichlet([1] * 3, (rows, 4))
+
+    def select(rows: int):
+        return client.select("epig", 1, samples=samples(9), references=[{"role": "TARGET", "samples": samples(rows)}])
+
+    with Client(f"127.0.0.1:{own.port}", token=TOKEN) as client:
+        assert len(select(9)) == 1
+        with pytest.raises(TooLarge, match="rows: 10 is over this token's limit of 9"):
+            select(10)
+        with pytest.raises(TooLarge, match="rows of references: 13 is over this server's limit of 12"):
+            select(13)
+    own.drain(0.1)
 
 
 def test_rows_of_a_token(guarded):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import ssl
+import struct
 import threading
-from contextlib import ExitStack
+import time
+import tracemalloc
+from contextlib import ExitStack, suppress
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
 import trustme
 from hypothesis import given
@@ -18,10 +25,11 @@ import queryselect
 from queryselect import Client, TensorRef
 from queryselect_service import server
 from queryselect_service.settings import Settings
-from queryselect_service.sources import https, s3
+from queryselect_service.sources import fetch, https, s3, watch
 from queryselect_service.sources.address import Allowed, parse
 from tests.service.stores import Answer, Store, npy
 from tests.service.test_sources import s3_environment
+from tests.waiting import until
 
 SECRET = np.arange(40, dtype=np.float32).reshape(10, 4)
 ALLOWED = "file:///srv/pools,https://data.example:8443/pools/2026,s3://pools/a,gs://pools/a"
@@ -399,3 +407,214 @@ class TestWeb:
             s3._client.cache_clear()
         assert "secret-of-the-server" not in words + caplog.text
         assert "127.0.0.1" not in words
+
+
+def begin_handshake(line: socket.socket) -> None:
+    """The head of a record of TLS, and a byte of it now and then."""
+    line.sendall(b"\x16\x03\x03\x40\x00")
+    trickle(line)
+
+
+def trickle(line) -> None:
+    with suppress(OSError):
+        while True:
+            line.sendall(b"x")
+            time.sleep(0.05)
+
+
+def begin_headers(line) -> None:
+    line.sendall(b"HTTP/1.1 206 Partial Content\r\nX: ")
+    trickle(line)
+
+
+def go_on(line) -> None:
+    with suppress(OSError):
+        while True:
+            line.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            time.sleep(0.05)
+
+
+class TestSilence:
+    """Stores that go on and on and never come to the point."""
+
+    @pytest.fixture
+    def endless(self, monkeypatch, tmp_path):
+        """Starts a server that greets connections by `way`, within TLS or before it; its address."""
+        authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("localhost").configure_cert(context)
+        authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        https._direct.cache_clear()
+        lines = []
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+
+            def begin(way) -> str:
+                def greet(line: socket.socket) -> None:
+                    with suppress(OSError):
+                        if way is not begin_handshake:
+                            line = context.wrap_socket(line, server_side=True)
+                            line.recv(65_536)
+                        lines.append(line)
+                        way(line)
+
+                def listen() -> None:
+                    with suppress(OSError):
+                        while True:
+                            threading.Thread(target=greet, args=(listening.accept()[0],), daemon=True).start()
+
+                threading.Thread(target=listen, daemon=True).start()
+                return f"https://localhost:{listening.getsockname()[1]}"
+
+            yield begin
+            listening.shutdown(socket.SHUT_RDWR)
+        for each in lines:
+            each.close()
+        https._direct.cache_clear()
+
+    @pytest.mark.parametrize("way", [begin_handshake, begin_headers, go_on])
+    def test_who_has_gone_keeps_no_thread(self, endless, serving, tmp_path, way):
+        """And while they are there, other stores are read."""
+        (tmp_path / "x.npy").write_bytes(npy(SECRET))
+        store = endless(way)
+        client = serving(f"{store},file://{tmp_path}")
+        jobs = [
+            client.submit("margin", 2, logits=TensorRef(uri=f"{store}/{number}.npy"), timeout=1.5)
+            for number in range(fetch.THREADS + 4)
+        ]
+        assert until(lambda: len(watch.WATCH._requests) == fetch.THREADS)
+        assert len(client.select("margin", 2, logits=TensorRef(uri=f"file://{tmp_path}/x.npy"), timeout=1)) == 2
+        for each in jobs:
+            with pytest.raises(queryselect.DeadlineExceeded):
+                each.result(10)
+        assert until(lambda: not watch.WATCH._requests, 3)
+
+    def test_who_waits_is_told(self, endless, serving, monkeypatch):
+        monkeypatch.setattr(https, "WHOLE", 0.4)
+        store = endless(begin_headers)
+        words = refused(serving(store), f"{store}/x.npy", queryselect.Unavailable)
+        assert "its server did not answer within 0.4 s" in words
+
+    def test_a_bucket(self, serving, monkeypatch):
+        store = Store({"/pools/x.npy": npy(np.zeros((10_000, 4), np.float32))})
+        stop = store.start()
+        s3_environment(monkeypatch, f"http://127.0.0.1:{store.port}")
+        store.bend["/pools/x.npy"] = lambda answer, _: setattr(answer, "pause", 0.1) or answer
+        client, began = serving("s3://pools"), time.monotonic()
+        with pytest.raises(queryselect.DeadlineExceeded):
+            client.select("margin", 2, logits=TensorRef(uri="s3://pools/x.npy"), timeout=0.5)
+        monkeypatch.setattr(https, "WHOLE", 0.5)
+        assert "within 0.5 s" in refused(client, "s3://pools/x.npy", queryselect.Unavailable)
+        assert time.monotonic() - began < 10
+        stop()
+        s3._client.cache_clear()
+
+    BUCKETS = {
+        "says no size": {"Content-Range": "bytes 0-287/*"},
+        "says another range": {"Content-Range": "bytes 5-292/1000"},
+        "says no range": {"Content-Range": ""},
+        "tells no version": {"ETag": ""},
+        "has a date that is none": {"Last-Modified": "yesterday"},
+        "has a length that is none": {"Content-Length": "many"},
+    }
+
+    @pytest.mark.parametrize("told", BUCKETS.values(), ids=BUCKETS)
+    def test_what_a_bucket_should_not_say(self, serving, monkeypatch, told, no_bugs):
+        store = Store({"/pools/x.npy": npy(SECRET)})
+        stop = store.start()
+        s3_environment(monkeypatch, f"http://127.0.0.1:{store.port}")
+        store.bend["/pools/x.npy"] = lambda answer, _: answer.headers.update(told) or answer
+        refused(serving("s3://pools"), "s3://pools/x.npy", (queryselect.InvalidInput, queryselect.Unavailable))
+        stop()
+        s3._client.cache_clear()
+
+
+class TestObjects:
+    """Files that a format's own reader would take, and that would take the server with it."""
+
+    @pytest.fixture
+    def select(self, tmp_path, serving):
+        client = serving(f"file://{tmp_path}")
+
+        def begin(name: str, data: bytes | None = None, kind=queryselect.InvalidInput, **choice):
+            if data is not None:
+                (tmp_path / name).write_bytes(data)
+            return refused(client, f"file://{tmp_path}/{name}", kind, **choice)
+
+        return begin
+
+    def test_numbers_that_take_minutes_to_multiply(self, select, no_bugs):
+        shape = ",".join(["9" * 600] * 5000)
+        text = f'{{"x": {{"dtype": "F32", "shape": [{shape}], "data_offsets": [0, 4]}}}}'.encode()
+        began = time.process_time()
+        assert "contradicts itself" in select("x.safetensors", len(text).to_bytes(8, "little") + text + b"1234")
+        assert time.process_time() - began < 5, "it was 40 s"
+
+    def test_a_name_that_is_no_text(self, select, no_bugs):
+        text = b'{"secret-\\ud800": {}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+        text = text.replace(b"{}", b'{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}')
+        assert "secret-?" in select("x.safetensors", len(text).to_bytes(8, "little") + text + b"1234")
+
+    @pytest.mark.parametrize("kind", ["parquet", "arrow"])
+    def test_a_first_row_without_end(self, select, tmp_path, kind, no_bugs):
+        """Its length is asked for, and no Python object made of an entry."""
+        most = 4_000_000
+        stops = pa.array([0, most, 2 * most], pa.int32())
+        lists = pa.ListArray.from_arrays(stops, pa.array(np.zeros(2 * most, np.float32)))
+        table = pa.table({"x": lists})
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, tmp_path / "x.parquet", compression="zstd")
+        else:
+            pyarrow.feather.write_feather(table, tmp_path / "x.arrow", compression="zstd")
+        tracemalloc.start()
+        try:
+            assert "classes: 4000000 is over" in select(f"x.{kind}", kind=queryselect.TooLarge)
+            assert tracemalloc.get_traced_memory()[1] < 20e6, "entries as objects take 100 MB"
+        finally:
+            tracemalloc.stop()
+
+    def test_a_footer_that_says_there_are_millions(self, select, no_bugs):
+        """Of Parquet's: 41 bytes for which memory of gigabytes was taken."""
+        root, leaf = b"\x48\x01s\x15\x02\x00", b"\x15\x08\x25\x00\x18\x01x\x00"
+        many = b"\xfc\x80\x92\xf4\x01"  # a list of 4,000,000
+        footer = b"\x15\x04\x19\x2c" + root + leaf + b"\x16\x00\x19\xfc\x01\x19" + many
+        data = b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+        assert "Exceeded size limit" in select("x.parquet", data)
+
+    def test_a_footer_that_names_one_batch_a_thousand_times(self, select, no_bugs):
+        """Each time it would be unpacked anew, for hours."""
+        many, big, out = 1001, np.zeros(1_000_000, np.float32), io.BytesIO()
+        schema = pa.schema([("x", pa.float32())])
+        with pa.ipc.new_file(out, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as file:
+            file.write(pa.record_batch([pa.array(big)], schema))
+            for _ in range(many - 1):
+                file.write(pa.record_batch([pa.array(big[:1])], schema))
+        data = bytearray(out.getvalue())
+        footer = data[len(data) - 10 - int.from_bytes(data[-10:-6], "little") : -10]
+        at = footer.rfind(many.to_bytes(4, "little")) + 4
+        places = [struct.unpack_from("<qiiq", footer, at + 24 * each) for each in range(many)]
+        first = min(places)
+        assert first[0] >= 8
+        footer[at : at + 24 * many] = struct.pack("<qiiq", *first) * many
+        size = len(footer).to_bytes(4, "little")
+        hostile = bytes(data[: first[0] + first[1] + first[3]] + footer + size + b"ARROW1")
+        assert "the same bytes again and again" in select("x.arrow", hostile)
+
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_dictionaries_are_not_read(self, select, tmp_path, nested, no_bugs):
+        """Arrow's reader takes all that there are, of every column, and keeps them."""
+        column = pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), pa.array(["a"]))
+        column = pa.StructArray.from_arrays([column], ["inner"]) if nested else column
+        table = pa.table({"x": pa.array(np.zeros(1, np.float32)), "kind": column})
+        with pa.ipc.new_file(tmp_path / "x.arrow", table.schema) as file:
+            file.write(table)
+        assert "columns of categories" in select("x.arrow", column="x")
+
+    def test_a_link_where_a_second_prefix_begins(self, tmp_path, serving):
+        """Who may write below the first could make one of it."""
+        pools, secret = tmp_path / "pools", tmp_path / "secret"
+        pools.mkdir()
+        secret.mkdir()
+        (secret / "x.npy").write_bytes(npy(SECRET))
+        (pools / "scratch").symlink_to(secret)
+        client = serving(f"file://{pools},file://{pools}/scratch")
+        assert "symbolic link" in refused(client, f"file://{pools}/scratch/x.npy", queryselect.NotFound)

@@ -12,6 +12,7 @@ import urllib.request
 import grpc
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client import parser as text_parser
 from prometheus_client.openmetrics import parser as open_parser
 
@@ -314,6 +315,23 @@ def test_who_says_nothing_keeps_no_scraper_away(scraped, capfd):
         with contextlib.suppress(ConnectionError):
             assert silent[0].recv(1) == b"", "the oldest is closed"
     assert capfd.readouterr().err == ""
+
+
+def test_where_no_connection_can_be_taken_the_endpoint_waits(monkeypatch):
+    """As where there are no descriptors left; it would ask again and again."""
+    asked = []
+
+    def accept(_):
+        asked.append(time.monotonic())
+        raise OSError(24, "Too many open files")
+
+    with endpoint.Endpoint("127.0.0.1", 0, CollectorRegistry()) as own:
+        monkeypatch.setattr(socket.socket, "accept", accept)
+        with socket.create_connection(("127.0.0.1", own.server_port)):
+            assert until(lambda: len(asked) >= 3)
+            monkeypatch.undo()
+            assert np.diff(asked).min() >= endpoint.PAUSE * 0.9
+        own.shutdown()
 
 
 def test_a_silent_connection_ends(monkeypatch):

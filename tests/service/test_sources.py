@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from contextlib import ExitStack, suppress
+from email.utils import formatdate
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +59,11 @@ def files(tmp_path, serving):
         return TensorRef(uri=path.as_uri(), **choice)
 
     return client, write
+
+
+def aged(seconds: float) -> dict[str, str]:
+    """What is told of an object that changed so long ago, beside the date of the answer."""
+    return {"Last-Modified": formatdate(time.time() - seconds, usegmt=True)}
 
 
 @pytest.fixture(scope="session")
@@ -499,21 +505,39 @@ class TestVersions:
         with pytest.raises(queryselect.Aborted, match="it changed while it was read"):
             serving("s3://pools").select("margin", budget=2, logits=TensorRef(uri="s3://pools/x.npy"))
 
-    @pytest.mark.parametrize("etag", ['"one"', 'W/"one"', ""])
-    def test_https_that_changes_while_it_is_read(self, web, serving, etag):
-        """By its etag, strong or weak; without one, and without a date, by its size at least."""
+    #: What a server tells of an object, before and after it has changed; it has the same size.
+    TOLD = {
+        "an etag": ({"ETag": '"one"'}, {"ETag": '"two"'}),
+        "an etag, and the date of before": ({"ETag": '"one"', **aged(99)}, {"ETag": '"two"', **aged(99)}),
+        "a date": (aged(9000), aged(8000)),
+        "a date, and a weak etag that stays": ({"ETag": 'W/"one"', **aged(9000)}, {"ETag": 'W/"one"', **aged(8000)}),
+    }
+
+    @pytest.mark.parametrize("told", TOLD.values(), ids=TOLD)
+    def test_https_that_changes_while_it_is_read(self, web, serving, told):
         data = npy(np.tile(LOGITS, (100, 1)))
-        web.objects["/x.npy"], web.etags["/x.npy"] = data, etag
+        web.objects["/x.npy"], web.etags["/x.npy"] = data, ""
 
         def change(answer, asked):
-            if asked == 1:
-                web.objects["/x.npy"] = data + b"more"
-                web.etags["/x.npy"] = etag.replace("one", "two")
+            web.objects["/x.npy"] = npy(np.tile(-LOGITS, (100, 1)))
+            answer.headers.update(told[asked > 1])
             return answer
 
         web.bend["/x.npy"] = change
         with pytest.raises(queryselect.Aborted, match="it changed while it was read"):
             serving(f"https://localhost:{web.port}").select("margin", budget=2, logits=ref_of(web, "x.npy"))
+
+    @pytest.mark.parametrize("told", [{}, {"ETag": 'W/"one"'}, aged(-9000), {"Last-Modified": "yesterday"}])
+    def test_https_that_tells_no_version_to_go_by(self, web, serving, told):
+        """What can't be told from another version is not put together of several answers."""
+        client = serving(f"https://localhost:{web.port}")
+        web.objects |= {"/x.npy": npy(np.tile(LOGITS, (100, 1))), "/small.npy": npy(LOGITS)}
+        for path in web.objects:
+            web.etags[path] = ""
+            web.bend[path] = lambda answer, _: answer.headers.update(told) or answer
+        with pytest.raises(queryselect.InvalidInput, match="its server tells no version to go by"):
+            client.select("margin", budget=2, logits=ref_of(web, "x.npy"))
+        assert len(client.select("margin", budget=2, logits=ref_of(web, "small.npy"))) == 2, "in one answer"
 
 
 def ref_of(web: Store, path: str, **choice) -> TensorRef:

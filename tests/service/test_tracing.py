@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+from contextlib import suppress
 
 import grpc
 import pytest
@@ -16,12 +17,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from queryselect import _tokens
 from queryselect.v1 import selection_pb2_grpc, server_pb2, server_pb2_grpc
 from queryselect_service import server
 from queryselect_service.settings import Settings
 from queryselect_service.tracing import Tracing
 from tests.service.streams import Talk, ask, streamed, whole
 from tests.service.test_errors import FAR, P, X, request, sleepy, tensor
+from tests.waiting import until
 
 SELECT, STREAM = (f"queryselect.v1.SelectionService/{name}" for name in ("Select", "SelectStream"))
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -36,11 +39,11 @@ def traced(serve):
     started.frontend.tracing = Tracing(SimpleSpanProcessor(exporter))
 
     def spans(method: str = SELECT):
-        until = time.monotonic() + 5
-        while not (found := [each for each in exporter.get_finished_spans() if each.name == method]):
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        (rpc,) = found
+        def found():
+            return [each for each in exporter.get_finished_spans() if each.name == method]
+
+        assert until(found)
+        (rpc,) = found()
         return rpc, {each.name: each for each in exporter.get_finished_spans() if each.parent and each is not rpc}
 
     spans.exporter = exporter
@@ -138,6 +141,22 @@ def test_what_is_no_traceparent_is_ignored(traced, hostile):
     select(channel, request(), metadata=(("traceparent", hostile), ("tracestate", "=" * 2000)))
     rpc, _ = spans()
     assert rpc.parent is None
+
+
+def test_a_stranger_decides_on_no_trace(serve, tmp_path):
+    token, salt, hashed = _tokens.make("studio")
+    path = tmp_path / "tokens.toml"
+    path.write_text(f'[[tokens]]\nname = "studio"\nsalt = "{salt.hex()}"\nhash = "{hashed.hex()}"\n')
+    started, channel = serve(token_file=str(path))
+    exporter = InMemorySpanExporter()
+    started.frontend.tracing = Tracing(SimpleSpanProcessor(exporter))
+    parent = (("traceparent", f"00-{TRACE}-{SPAN}-01"), ("tracestate", "a=text-of-a-stranger"))
+    for bearer in ((), (("authorization", f"Bearer {token[:-1]}"),), (("authorization", f"Bearer {token}"),)):
+        with suppress(grpc.RpcError):
+            select(channel, request(), metadata=(*parent, *bearer))
+    assert until(lambda: sum(each.name == SELECT for each in exporter.get_finished_spans()) == 3)
+    parents = [each.parent and each.parent.span_id for each in exporter.get_finished_spans() if each.name == SELECT]
+    assert parents == [None, None, int(SPAN, 16)]
 
 
 def test_failures_are_told_apart_from_callers_faults(traced):

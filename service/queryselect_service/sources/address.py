@@ -35,6 +35,11 @@ class Address:
     segments: tuple[str, ...]
 
     @property
+    def store(self) -> str:
+        """What answers: one machine, or one service."""
+        return self.host if self.scheme == "https" else self.scheme
+
+    @property
     def path(self) -> str:
         """The path without its first slash, as it is: of s3 and gs, the key."""
         return "/".join(self.segments)
@@ -105,11 +110,16 @@ class Allowed:
             self.prefixes.append(prefix)
 
     @property
+    def stores(self) -> set[str]:
+        """What is read from."""
+        return {each.store for each in self.prefixes}
+
+    @property
     def schemes(self) -> list[str]:
         """The schemes of which something is allowed."""
         return sorted({each.scheme for each in self.prefixes})
 
     def prefix_of(self, address: Address) -> Address | None:
-        """The prefix that allows the address, the longest where there are several."""
+        """The prefix that allows the address; the shortest, for what is below it is not the operator's own words."""
         found = [each for each in self.prefixes if address.within(each)]
-        return max(found, key=lambda each: len(each.segments), default=None)
+        return min(found, key=lambda each: len(each.segments), default=None)

@@ -20,7 +20,6 @@ import torch
 from pyarrow import ipc
 from pyarrow.parquet import ParquetFile
 
-from queryselect_service.errors import ServiceError
 from queryselect_service.sources.objects import HEADER_BYTES, PIECE_BYTES, Content, Object, Reader, chosen, names_text
 from queryselect_service.upload import Bytes
 
@@ -36,6 +35,8 @@ DTYPES = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
+#: The most entries of a list in a Parquet footer, such as columns: memory is taken for as many as it says there are.
+MOST_PARTS = 100_000
 #: The bytes at the end of a file that hold the length of its footer, and where it stands there.
 _TAIL = 12
 
@@ -64,8 +65,9 @@ class _Column(ABC):
     ahead = 1  # pyarrow's readers have one position
 
     def __init__(self, source: Object, column: str | None, rows: tuple[range, ...]) -> None:
-        with _Told(self.name):
-            schema = self._begin(pa.PythonFile(_File(source), mode="r"))
+        self._source = file = _File(source)
+        with _Told(self.name, file):
+            schema = self._begin(pa.PythonFile(file, mode="r"))
             names = schema.names
             if column is None and len(names) == 1:
                 (column,) = names
@@ -84,9 +86,9 @@ class _Column(ABC):
             size = sum(lengths)
             self._rows = chosen(rows, (size,))
             if inner is None:  # lists of any length: the first row tells
-                first = next((group for group, length in enumerate(lengths) if length), None)
-                inner = (0,) if first is None else (len(next(self._valid(first, 1)).column(0)[0].as_py() or ()),)
+                inner = (self._first_length(lengths),)
             self._row = inner
+        file.left = None  # rows may be asked for again and again
         self.shape = (sum(map(len, self._rows)), *self._row)
         self.extra = self._extra()
 
@@ -102,7 +104,7 @@ class _Column(ABC):
             group = bisect_right(self._stops, rows.start)
             while group < len(self._stops) and (first := self._stops[group - 1] if group else 0) < rows.stop:
                 at = first
-                with _Told(self.name):
+                with _Told(self.name, self._source):
                     for batch in self._valid(group, step):
                         start, stop = max(rows.start - at, 0), min(rows.stop - at, batch.num_rows)
                         for begin in range(start, stop, step):
@@ -135,6 +137,17 @@ class _Column(ABC):
             raise Content(f"row {at + start} or one after it has null entries")
         return np.ascontiguousarray(array.to_numpy(zero_copy_only=False)).view(np.uint8)
 
+    def _first_length(self, lengths: list[int]) -> int:
+        """The entries of the first row."""
+        group = next((at for at, length in enumerate(lengths) if length), None)
+        if group is None:
+            return 0
+        batch = next(self._valid(group, 1), None)
+        if batch is None or not batch.num_rows:
+            raise Content("its footer contradicts itself")
+        first = batch.column(0)[0]
+        return len(first) if first.is_valid else 0
+
     @abstractmethod
     def _begin(self, file: Any) -> Any:
         """Opens the file; its schema."""
@@ -162,7 +175,7 @@ class _Parquet(_Column):
             buffer_size=1 << 20,
             pre_buffer=False,
             thrift_string_size_limit=HEADER_BYTES,
-            thrift_container_size_limit=HEADER_BYTES,
+            thrift_container_size_limit=MOST_PARTS,
         )
         return self._file.schema_arrow
 
@@ -184,6 +197,8 @@ class _Arrow(_Column):
     def _begin(self, file: Any) -> Any:
         self._file = file
         self._every = ipc.open_file(file)
+        if any(map(_has_dictionary, self._every.schema.types)):  # all are read, whatever column is, and kept
+            raise Content("it has columns of categories (dictionaries), which are read from Parquet only")
         return self._every.schema
 
     def _lengths(self) -> list[int]:
@@ -210,15 +225,19 @@ class _Told:
 
     _errors = (pa.ArrowException, ValueError, OSError, KeyError, IndexError)
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, file: _File) -> None:
+        self._name, self._file = name, file
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, self._errors) and not isinstance(error, (ServiceError, Content)):
-            raise Content(f"it is no {self._name} file that can be read: {str(error)[:200]}") from None
+        if not isinstance(error, self._errors):
+            return
+        failed, self._file.failed = self._file.failed, None
+        if failed is not None:  # of which pyarrow has made an error of its own
+            raise failed from None
+        raise Content(f"it is no {self._name} file that can be read: {str(error)[:200]}") from None
 
 
 def _entry(kind: Any) -> tuple[Any, tuple[int, ...] | None]:
@@ -235,6 +254,13 @@ def _entry(kind: Any) -> tuple[Any, tuple[int, ...] | None]:
     return kind, shape
 
 
+def _has_dictionary(kind: Any) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    inner = (kind.field(at).type for at in range(kind.num_fields))
+    return bool(pa.types.is_dictionary(kind)) or any(map(_has_dictionary, inner))
+
+
 def _width(kind: Any) -> int | None:
     return getattr(kind, "list_size", None)
 
@@ -247,11 +273,17 @@ def _bits(kind: Any) -> float:
 
 
 class _File(io.RawIOBase):
-    """An object as Python's files are, for pyarrow."""
+    """An object as Python's files are, for pyarrow.
+
+    left: the bytes that may still be read, None: any number. A footer may name one place of the file a thousand times;
+    what is read of an honest one until its rows are known is its footer, twice, and everything else at most once.
+    """
 
     def __init__(self, source: Object) -> None:
         super().__init__()
         self._source, self._at = source, 0
+        self.left: int | None = 3 * source.size + _TAIL
+        self.failed: Exception | None = None  # why it could not be read
 
     def readable(self) -> bool:
         return True
@@ -269,6 +301,17 @@ class _File(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         stop = self._source.size if size is None or size < 0 else min(self._at + size, self._source.size)
-        data = self._source.read(self._at, stop) if self._at < stop else b""
+        try:
+            data = self._take(stop)
+        except Exception as error:
+            self.failed = error
+            raise
         self._at += len(data)
         return data
+
+    def _take(self, stop: int) -> bytes:
+        if self.left is not None:
+            self.left -= max(0, stop - self._at)
+            if self.left < 0:
+                raise Content("its footer names the same bytes again and again")
+        return self._source.read(self._at, stop) if self._at < stop else b""

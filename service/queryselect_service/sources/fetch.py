@@ -40,13 +40,14 @@ from queryselect_service.request import Request
 from queryselect_service.settings import Settings
 from queryselect_service.sources.address import Address, Allowed, parse
 from queryselect_service.sources.objects import PIECE_BYTES, Content, Object, Piece, Reader, check_version
+from queryselect_service.threads import started
 from queryselect_service.upload import Part
 
 Result = TypeVar("Result")
 #: What reads a header: of an object, the column's name, and the rows that are taken.
 Read = Callable[[Object, str | None, tuple[range, ...]], Reader]
 
-#: Threads that read, for all requests together.
+#: Threads that read from one store, for all requests together.
 THREADS = 16
 #: The bytes that are handed on at a time.
 PART_BYTES = 1 << 20
@@ -74,13 +75,23 @@ class Sources:
             except ImportError as error:
                 words = f'{scheme}:// needs {error.name}: pip install "queryselect[references]"'
                 raise ValueError(f"allow_uris: {words}") from None
-        #: A server has its own, which are there from the start.
-        self.threads: Executor = ThreadPoolExecutor(THREADS, thread_name_prefix="fetch")
+        # A store that does not answer keeps nobody from the others.
+        self._threads = {store: ThreadPoolExecutor(THREADS, f"fetch-{store}") for store in self._allowed.stores}
 
     @property
     def schemes(self) -> list[str]:
         """The schemes of addresses that may be read."""
         return self._allowed.schemes
+
+    def begin(self) -> None:
+        """Starts the threads; else they start when they are needed, and one day there may be none left."""
+        for store in self._threads:
+            self._threads[store] = started(THREADS, f"fetch-{store}")
+
+    def close(self) -> None:
+        """Lets the threads go home."""
+        for each in self._threads.values():
+            each.shutdown(wait=False)
 
     def fetch(self, request: Request, call: Call) -> Fetch:
         """What there is to read for a request, allowed. Nothing is opened yet.
@@ -91,9 +102,11 @@ class Sources:
         arrays = [array for array in request.arrays if array.source is not None]
         if len(arrays) > self._most:
             raise OverLimit("tensors by reference", len(arrays), self._most, name="max_sources")
-        return Fetch(
-            request, call, self.threads, [Place(array, *self._allow(array), _format(array)) for array in arrays]
-        )
+        return Fetch(request, call, [self._place(array) for array in arrays])
+
+    def _place(self, array: Array) -> Place:
+        address, prefix = self._allow(array)
+        return Place(array, address, prefix, _format(array), self._threads[address.store])
 
     def _allow(self, array: Array) -> tuple[Address, Address]:
         """The address that an array is read from, and the prefix that allows it."""
@@ -111,20 +124,21 @@ class Sources:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an array is read from: an address, the prefix that allows it, and what reads its format."""
+    """Where an array is read from: an address, the prefix that allows it, what reads its format, and which threads."""
 
     array: Array
     address: Address
     prefix: Address
     read: Read
+    threads: Executor
 
 
 class Fetch:
     """The tensors of one request that are read by reference. True where there are any."""
 
-    def __init__(self, request: Request, call: Call, threads: Executor, places: Sequence[Place]) -> None:
-        self._request, self._call, self._threads, self._places = request, call, threads, places
-        self._prefixes = {each.array.path: each.prefix for each in places}
+    def __init__(self, request: Request, call: Call, places: Sequence[Place]) -> None:
+        self._request, self._call = request, call
+        self._places = {each.array.path: each for each in places}
         self._readers: dict[str, Reader] = {}
         self._feeds: list[_Feed] = []
 
@@ -137,14 +151,14 @@ class Fetch:
     def open(self) -> None:
         """Opens every object, once, and tells the request's arrays their types and shapes. Raises ServiceError."""
         opened: dict[Address, Future[Object]] = {}
-        for each in self._places:
+        for each in self._places.values():
             if each.address not in opened:
-                begun = self._threads.submit(_open, each.address, each.prefix, self._call.check)
+                begun = each.threads.submit(_open, each.address, each.prefix, self._call.check)
                 opened[each.address] = begun
-        for each in self._places:
+        for each in self._places.values():
             array, source = each.array, _source(each.array)
             found = self._wait(opened[each.address], array)
-            begun_header = self._threads.submit(_header, found, source, each.read)
+            begun_header = each.threads.submit(_header, found, source, each.read)
             reader = self._readers[array.path] = self._wait(begun_header, array)
             asked, there = (source.dtype, source.shape), (reader.dtype, reader.shape)
             array.dtype, array.shape = asked[0] or there[0], asked[1] or there[1]
@@ -208,7 +222,7 @@ class Fetch:
             if isinstance(
                 error, SourceRefused | SourceUnavailable
             ):  # the operator's to mend, so in the operator's words
-                log.warning("reading from %s fails: %s", self._prefixes[array.path], error.message)
+                log.warning("reading from %s fails: %s", self._places[array.path].prefix, error.message)
             error.message, error.field = f"{array.path}, read by reference: {error.message}", array.path
             raise
 
@@ -218,7 +232,8 @@ class Fetch:
         return piece
 
     def _feed(self, array: Array) -> _Feed:
-        feed = _Feed(array, self._readers[array.path], self._threads, lambda future: self._piece(future, array))
+        threads = self._places[array.path].threads
+        feed = _Feed(array, self._readers[array.path], threads, lambda future: self._piece(future, array))
         self._feeds.append(feed)
         return feed
 

@@ -21,8 +21,9 @@ _BELOW = _OPEN | os.O_NOFOLLOW
 class File:
     """An open file. Its version is its time of change and its size: the same for all servers that mount it."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int, check: Callable[[], None]) -> None:
+        """check: called before bytes are read; may raise."""
+        self._descriptor, self._check = descriptor, check
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             raise NotFound("it is no file")
@@ -30,6 +31,7 @@ class File:
 
     def read(self, start: int, stop: int) -> bytes:
         """See Object."""
+        self._check()
         data = os.pread(self._descriptor, stop - start, start)
         if _version(os.fstat(self._descriptor)) != self.version:
             raise ObjectChanged("it changed while it was read")
@@ -42,7 +44,7 @@ class File:
         os.close(self._descriptor)
 
 
-def open_object(address: Address, prefix: Address, _: Callable[[], None]) -> File:
+def open_object(address: Address, prefix: Address, check: Callable[[], None]) -> File:
     """Opens a file within the prefix. Raises NotFound, SourceRefused."""
     below = address.segments[len(prefix.segments) :]
     try:
@@ -59,7 +61,7 @@ def open_object(address: Address, prefix: Address, _: Callable[[], None]) -> Fil
         raise NotFound("there is no such file") from None
     except OSError:  # a symbolic link; a file where a directory should be; a name too long
         raise NotFound("there is no such file, or a symbolic link stands in its way") from None
-    return File(at)
+    return File(at, check)
 
 
 def _version(about: os.stat_result) -> str:

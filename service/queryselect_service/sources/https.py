@@ -10,21 +10,43 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
+from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import urllib3
 
 from queryselect_service.errors import NotFound, ObjectChanged, ServiceError, SourceRefused, SourceUnavailable
 from queryselect_service.sources.address import Address
-from queryselect_service.sources.objects import Content, Remote, bare
+from queryselect_service.sources.objects import HEAD_BYTES, Content, Remote, bare
+from queryselect_service.sources.watch import WATCH, Spare
 
-#: Seconds to connect, between two bytes, and for all bytes of one read; how often a read is tried.
+#: Seconds to connect, between two bytes, and for one read from its beginning to its end; how often a read is tried.
 CONNECT, SILENCE, WHOLE, TRIES = 5.0, 15.0, 60.0, 3
 _RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
+#: The age from which a date tells versions apart, in seconds: within it an object may have changed twice.
+OLD = 60.0
 _AGAIN = (408, 429, 500, 502, 503, 504)
 
 Headers = Mapping[str, str]
+Pools = TypeVar("Pools", bound=urllib3.PoolManager)
+
+
+class _Plain(Spare, urllib3.connection.HTTPConnection):
+    pass
+
+
+class _Secure(Spare, urllib3.connection.HTTPSConnection):
+    pass
+
+
+class _PlainPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Plain
+
+
+class _SecurePool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _Secure
 
 
 class Web(Remote):
@@ -39,16 +61,22 @@ class Web(Remote):
     def _get(self, start: int, stop: int) -> bytes:
         for tried in range(TRIES):
             self._check()
-            try:
-                return self._try(start, stop)
-            except (urllib3.exceptions.HTTPError, SourceUnavailable) as error:
-                if tried == TRIES - 1:
-                    raise SourceUnavailable(f"its server does not answer as it should: {_words(error)}") from None
-                time.sleep(0.2 * 2**tried)
+            with WATCH.over(WHOLE, self._check) as request:
+                try:
+                    return self._try(start, stop)
+                except Exception as error:
+                    self._check()
+                    if request.late:  # what was cut off may look like anything
+                        raise SourceUnavailable(f"its server did not answer within {WHOLE:g} s") from None
+                    if not isinstance(error, (urllib3.exceptions.HTTPError, OSError, SourceUnavailable)):
+                        raise
+                    if tried == TRIES - 1:
+                        raise SourceUnavailable(f"its server does not answer as it should: {_words(error)}") from None
+            time.sleep(0.2 * 2**tried)
         raise AssertionError("the last try returns or raises")
 
     def _try(self, start: int, stop: int) -> bytes:
-        conditions = {"If-Match": self._etag} if self._etag.startswith('"') else {}
+        conditions = {"If-Match": self._etag} if self._etag else {}
         response = _pool(self._url).request(
             "GET",
             self._url,
@@ -66,30 +94,44 @@ class Web(Remote):
         try:
             if response.status != 206:
                 _refuse(response.status)
-            first, last, size = self._told(response, start, stop)
-            data = take(response.read1, last + 1 - first, self._check)
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise Content("its server compresses what it was asked to send as it is")
+            size = length_of(response.headers.get("Content-Range", ""), start, stop)
+            data = take(response.read1, min(stop, size) - start, self._check)
         finally:
             response.close() if response.length_remaining else response.release_conn()
         self._same(response.headers, size)
         return data
 
-    def _told(self, response: urllib3.BaseHTTPResponse, start: int, stop: int) -> tuple[int, int, int]:
-        found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        first, last, size = map(int, found.groups()) if found else (-1, -1, -1)
-        if (first, last) != (start, min(stop, size) - 1):
-            raise Content("its server answers range requests with other bytes than were asked for")
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise Content("its server compresses what it was asked to send as it is")
-        return first, last, size
-
     def _same(self, headers: Headers, size: int) -> None:
-        """Raises ObjectChanged where the object is not what it was, by its etag or, without one, its date."""
+        """Raises ObjectChanged where the object is not what it was; Content where nothing can tell."""
         etag = headers.get("ETag", "")
-        version = bare(etag) or headers.get("Last-Modified", "")
+        strong = etag if etag.startswith('"') else ""
+        version = bare(strong) or _date(headers)
         if self.size < 0:
-            self._etag, self.version, self.size = etag, version, size
+            if not version and size > HEAD_BYTES:
+                raise Content("its server tells no version to go by, a strong etag or a date that is not of just now")
+            self._etag, self.version, self.size = strong, version, size
         elif (version, size) != (self.version, self.size):
             raise ObjectChanged("it changed while it was read")
+
+
+def _date(headers: Headers) -> str:
+    """When the object changed last, where that tells versions apart: long before the answer (RFC 9110, 8.8.2)."""
+    try:
+        changed, now = (parsedate_to_datetime(headers.get(name, "")) for name in ("Last-Modified", "Date"))
+        return headers["Last-Modified"] if now - changed >= timedelta(seconds=OLD) else ""
+    except (ValueError, TypeError):  # none, or one with a zone and one without
+        return ""
+
+
+def length_of(told: str, start: int, stop: int) -> int:
+    """The object's bytes, by the Content-Range of an answer to a request for [start, stop)."""
+    found = _RANGE.fullmatch(told)
+    first, last, size = map(int, found.groups()) if found else (-1, -1, -1)
+    if (first, last) != (start, min(stop, size) - 1):
+        raise Content("its server answers range requests with other bytes than were asked for")
+    return size
 
 
 def take(read: Callable[[int], bytes], size: int, check: Callable[[], None]) -> bytes:
@@ -136,12 +178,17 @@ def _words(error: Exception) -> str:
 
 @cache
 def _direct() -> urllib3.PoolManager:
-    return urllib3.PoolManager(maxsize=16)
+    return _watched(urllib3.PoolManager(maxsize=16))
 
 
 @cache
 def _through(proxy: str) -> urllib3.ProxyManager:
-    return urllib3.ProxyManager(proxy, maxsize=16)
+    return _watched(urllib3.ProxyManager(proxy, maxsize=16))
+
+
+def _watched(pools: Pools) -> Pools:
+    pools.pool_classes_by_scheme = {"http": _PlainPool, "https": _SecurePool}
+    return pools
 
 
 def _pool(url: str) -> urllib3.PoolManager:

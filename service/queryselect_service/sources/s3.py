@@ -15,10 +15,11 @@ from typing import Any, NoReturn
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from urllib3.exceptions import HTTPError
 
 from queryselect_service.errors import NotFound, ObjectChanged, SourceRefused, SourceUnavailable
 from queryselect_service.sources.address import Address
-from queryselect_service.sources.https import CONNECT, SILENCE, TRIES, take
+from queryselect_service.sources.https import CONNECT, SILENCE, TRIES, length_of, take
 from queryselect_service.sources.objects import Content, Remote, bare
 
 _LOCK = threading.Lock()
@@ -41,18 +42,21 @@ class Key(Remote):
             answer = self._client.get_object(
                 Bucket=self._bucket, Key=self._key, Range=f"bytes={start}-{stop - 1}", **conditions
             )
+            size = length_of(answer.get("ContentRange", ""), start, stop)
+            etag = str(answer.get("ETag", ""))
+            if not etag:
+                raise Content("its store tells no version to go by, an etag")
             with answer["Body"] as body:
-                size = int(answer.get("ContentRange", "/-1").rpartition("/")[2])
-                data = take(body.read, min(stop, size) - start, self._check)
+                data = take(body.read1, min(stop, size) - start, self._check)  # read would wait for all of it
         except ClientError as error:
             _refuse(error.response)
-        except HTTPClientError as error:
+        except (HTTPClientError, HTTPError, ValueError) as error:  # the last: of a header with a date or a number
             raise SourceUnavailable(f"its store does not answer as it should: {type(error).__name__}") from None
         except BotoCoreError as error:  # no credentials, or none that can be
             raise SourceRefused(f"this server's settings for s3:// do not work: {type(error).__name__}") from None
         if self.size < 0:
-            self._etag, self.size = answer["ETag"], size
-        elif (answer["ETag"], size) != (self._etag, self.size):
+            self._etag, self.size = etag, size
+        elif (etag, size) != (self._etag, self.size):
             raise ObjectChanged("it changed while it was read")
         return data
 

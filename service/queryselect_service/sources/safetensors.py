@@ -20,6 +20,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+#: The most dimensions of a tensor.
+MOST_DIMS = 64
+
 
 def read(source: Object, column: str | None, rows: tuple[range, ...]) -> Reader:
     """The tensor named `column`, or the only one. Raises Content."""
@@ -43,7 +46,11 @@ def read(source: Object, column: str | None, rows: tuple[range, ...]) -> Reader:
     dtype, shape, offsets = tensors[column]
     if dtype not in DTYPES:
         raise Content(f"its type is {str(dtype)[:40]!r}; {', '.join(DTYPES)} are read")
-    whole = all(isinstance(each, list) and all(type(x) is int and x >= 0 for x in each) for each in (shape, offsets))
+    # Bounded before they are multiplied, which of long numbers takes minutes in which no other thread runs.
+    whole = all(
+        isinstance(each, list) and len(each) <= MOST_DIMS and all(type(x) is int and 0 <= x < 1 << 63 for x in each)
+        for each in (shape, offsets)
+    )
     if not whole or len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise Content("its header contradicts itself")
     return Stretches(source, DTYPES[dtype], tuple(shape), 8 + length + offsets[0], rows)
