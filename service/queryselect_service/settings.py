@@ -24,7 +24,7 @@ MIB = 1 << 20
 #: Seconds. What takes longer is a mistake, and clocks of systems end somewhere.
 DAY = 86_400
 #: What Kubernetes tells every pod of a Service whose name begins like ours; QUERYSELECT_PORT=tcp://… is one.
-LINK = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
+LINK = re.compile(r"\w*_(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 #: What says whether, where all is text: bool("false") would be true.
 TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -137,8 +137,7 @@ class Settings:
 
 def _is_link(variable: str, text: str) -> bool:
     """Whether Kubernetes has set the variable."""
-    end = variable.removeprefix(PREFIX.rstrip("_"))
-    return LINK.search(end) is not None or (end.endswith("_PORT") and "://" in text)
+    return LINK.fullmatch(variable) is not None or (variable.endswith("_PORT") and "://" in text)
 
 
 def _is_loopback(host: str) -> bool:

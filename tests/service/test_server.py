@@ -242,6 +242,7 @@ def test_what_kubernetes_tells_of_services_is_no_setting():
         (["--port", "70000"], {}, "port must be at most 65535; it is 70000"),
         (["--metrics-port", "70000"], {}, "metrics_port must be at most 65535"),
         ([], {"QUERYSELECT_TOKENFILE": "tokens.toml"}, "there is no setting QUERYSELECT_TOKENFILE; there are host, "),
+        ([], {"QUERYSELECT_SERVICE_HOSTS": "a"}, "there is no setting QUERYSELECT_SERVICE_HOSTS"),
         ([], {"QUERYSELECT_METRIC_PORT": "9090"}, "there is no setting QUERYSELECT_METRIC_PORT"),
         ([], {"QUERYSELECT_token_file": "tokens.toml"}, "there is no setting QUERYSELECT_token_file"),
         *(
