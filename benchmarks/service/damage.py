@@ -241,7 +241,10 @@ class Damage:
                 tensor.streamed.SetInParent()
         if self.integer(0, 2) == 0:
             self._random.shuffle(chunks)
-        messages = [StreamRequest(start=start).SerializeToString(), *(each.SerializeToString() for each in chunks)]
+        messages = [
+            _within(StreamRequest.START_FIELD_NUMBER, start.SerializeToString()),
+            *(each.SerializeToString() for each in chunks),
+        ]
         for _ in range(self.one_of((0, 0, 1, 1, 2, 3))):
             self._disturb(messages)
         return messages
@@ -414,7 +417,16 @@ def _exchange(message: Message, one: FieldDescriptor, other: FieldDescriptor) ->
 
 def _tag(number: int, kind: int) -> bytes:
     """The first bytes of a field: its number and its kind."""
-    value, data = number << 3 | kind, bytearray()
+    return _varint(number << 3 | kind)
+
+
+def _within(number: int, data: bytes) -> bytes:
+    """A message within another one, which protobuf does not make where it would be nested too deep."""
+    return _tag(number, 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    data = bytearray()
     while value > 127:
         data.append(value & 127 | 128)
         value >>= 7

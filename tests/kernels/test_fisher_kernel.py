@@ -559,6 +559,24 @@ def test_what_can_not_be_is_refused_and_named(local, remote, rng, extra, more, p
         assert (caught.value.field, words in str(caught.value)) == (field, True), str(caught.value)
 
 
+@pytest.mark.parametrize("widths", [(6, None), (None, 6), (3, None)])
+def test_the_last_layer_is_that_of_both_sides(local, remote, rng, widths):
+    """Embeddings of one side are not compared with a scale's of the other, though they may have the same width."""
+    sides = [some(rows, rng) | {"scales": [{"embeddings": rng.normal(size=(rows, 3))}]} for rows in (40, 20)]
+    sides[1]["labels"] = rng.integers(0, C, 20)
+    for side, width in zip(sides, widths, strict=True):
+        del side["embeddings"]
+        if width is not None:
+            side["embeddings"] = rng.normal(size=(len(side["scales"][0]["embeddings"]), width))
+    params = {"kernel": "LAST_LAYER"}
+    for client in (local, remote):
+        with pytest.raises(InvalidInput, match="needs embeddings in both the pool and the references, or in neither"):
+            client.select("fisher_kernel", 3, **sides[0], reference=sides[1], params=params)
+    for side in sides:
+        side.pop("embeddings", None)
+    assert len(remote.select("fisher_kernel", 3, **sides[0], reference=sides[1], params=params)) == 3
+
+
 @given(data=st.data())
 def test_whatever_is_given_is_served_or_refused(local, data):
     """No combination of what may be left out is a bug of the server."""

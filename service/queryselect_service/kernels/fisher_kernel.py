@@ -136,6 +136,8 @@ class FisherKernel(Spec):
         if {*scales} != {name for name in theirs if name.startswith("scales") and name.endswith("embeddings")}:
             raise _missing("the pool and the references to have the same scales; they have not", "references")
         derives = self.kernel is Kernel.LAST_LAYER
+        if derives and ("embeddings" in ours) is not ("embeddings" in theirs):  # else the last scale is the last layer
+            raise _missing("embeddings in both the pool and the references, or in neither", "references")
         if self.kernel.compares_gradients:
             of_scale = "scales[" if scales else "gradients"
             gradients, others = (

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import warnings
 from tokenize import TokenError
 
 import numpy as np
 import torch
 
 from queryselect_service.sources.objects import HEAD_BYTES, Content, Object, Reader, Stretches
+
+# Of headers as Python 2 wrote them, which is a caller's affair and no line of the log.
+warnings.filterwarnings("ignore", message="Reading `.npy` or `.npz` file required additional header parsing")
 
 #: Types by NumPy's names for them, little-endian.
 DTYPES = {
