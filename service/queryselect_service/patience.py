@@ -1,10 +1,10 @@
-"""Ends RPCs whose callers keep the server waiting."""
+"""Ends what keeps the server waiting: RPCs whose callers say nothing, and requests to stores that do not answer."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -24,25 +24,38 @@ class Context(Protocol):
 
 
 class Patience:
-    """One thread that looks after all RPCs that wait for their callers: a timer for each would be a thread for each."""
+    """One thread that looks after all that wait: a timer for each would be a thread for each."""
 
     def __init__(self) -> None:
-        self._since: dict[Context, tuple[float, float, Call | None]] = {}
+        self._waiting: dict[object, tuple[Callable[[], bool], Callable[[], object]]] = {}
         self._changed, self._closed = threading.Condition(), False
         threading.Thread(target=self._look, name="patience", daemon=True).start()
 
     @contextmanager
-    def ended_after(self, seconds: float, context: Context, call: Call | None = None) -> Iterator[None]:
-        """Ends the RPC where what is done inside takes longer, or soon where the call is refused meanwhile."""
+    def ending(self, over: Callable[[], bool], end: Callable[[], object]) -> Iterator[None]:
+        """Calls `end` once it is over, and again as long as what is done inside goes on; never after it."""
+        mine = object()
         with self._changed:
-            self._since[context] = (time.monotonic(), seconds, call)
-            if len(self._since) == 1:
+            self._waiting[mine] = (over, end)
+            if len(self._waiting) == 1:
                 self._changed.notify()
         try:
             yield
         finally:
             with self._changed:
-                del self._since[context]
+                del self._waiting[mine]
+
+    @contextmanager
+    def ended_after(self, seconds: float, context: Context, call: Call | None = None) -> Iterator[None]:
+        """Ends the RPC where what is done inside takes longer, or soon where the call is refused meanwhile."""
+        since = time.monotonic()
+
+        def over() -> bool:
+            refused = call is not None and call.refused is not None
+            return time.monotonic() - since > (min(WORD, seconds) if refused else seconds)
+
+        with self.ending(over, context.cancel):
+            yield
 
     def close(self) -> None:
         """Looks no more."""
@@ -53,7 +66,7 @@ class Patience:
     def _look(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._since or self._closed)
+                self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return
                 self._end_late()
@@ -61,8 +74,6 @@ class Patience:
 
     def _end_late(self) -> None:
         """Apart from the loop, whose variables would hold on to the last of them for as long as there is none."""
-        now = time.monotonic()
-        for context, (since, seconds, call) in self._since.items():
-            refused = call is not None and call.refused is not None
-            if now - since > (min(WORD, seconds) if refused else seconds):
-                context.cancel()
+        for over, end in self._waiting.values():
+            if over():
+                end()

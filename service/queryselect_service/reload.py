@@ -12,12 +12,11 @@ from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
 
-log = logging.getLogger(__name__)
-
-
 #: When what could not be read is tried again though it has not changed, in seconds: the fault may be elsewhere, such as
 #: too many open files.
 AGAIN = 1.0
+
+log = logging.getLogger(__name__)
 
 
 class Reloaded(Generic[Value]):
@@ -60,9 +59,9 @@ class Reloaded(Generic[Value]):
         try:
             self._value = self._read()
         except (OSError, ValueError) as error:
-            if str(error) != self._wrong:
+            before, self._wrong = self._wrong, str(error) or type(error).__name__
+            if self._wrong != before:
                 log.error("%s: the new one is not used: %s", self.what, error)  # noqa: TRY400  # no bug of ours
-            self._wrong = str(error) or type(error).__name__
         else:
             self._wrong = ""
             log.info("%s: read anew", self.what)

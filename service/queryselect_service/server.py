@@ -288,10 +288,7 @@ def start(settings: Settings) -> Server:
                 options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", HEALTH_BYTES)],
             )
             _add_health(plain, checks, frontend.patience)
-            try:
-                health_port = plain.add_insecure_port(f"{host}:{settings.health_port}")
-            except RuntimeError as error:
-                raise RuntimeError(f"health port {settings.health_port}: {error}") from error
+            health_port = _listen_for_health(plain, host, settings.health_port)
         if settings.metrics_port >= 0:
             endpoint = _endpoint(settings, metrics)
             metrics_port = endpoint.server_port
@@ -318,6 +315,14 @@ def _says_no_header(record: logging.LogRecord) -> bool:
 def _add_health(server: grpc.Server, checks: DeviceHealth, patience: Patience) -> None:
     unreadable = health_pb2.HealthCheckRequest(service="bytes that are no message")
     health_pb2_grpc.add_HealthServicer_to_server(checks, cast("Any", Lenient(server, unreadable, patience)))
+
+
+def _listen_for_health(plain: grpc.Server, host: str, port: int) -> int:
+    """The real port. Raises RuntimeError where the address is taken."""
+    try:
+        return plain.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise RuntimeError(f"health port {port}: {error}") from error
 
 
 def _endpoint(settings: Settings, metrics: Metrics) -> Endpoint:

@@ -140,7 +140,7 @@ class Frontend:
         """One RPC at work. Whatever is raised inside aborts it: the caller is told, and the server lives."""
         call, remaining = Call(uuid.uuid4().hex, peer=context.peer()), context.time_remaining()
         metadata: dict[str, Any] = dict(context.invocation_metadata())
-        code, reason = grpc.StatusCode.OK, None
+        code, reason = grpc.StatusCode.INTERNAL, None
         # gRPC says "no deadline" as None, or as more seconds than a clock can count.
         if remaining is not None and remaining < threading.TIMEOUT_MAX:
             call.deadline = call.times.started + remaining
@@ -157,12 +157,12 @@ class Frontend:
             with self._counted():
                 yield call
             context.set_trailing_metadata((("x-request-id", call.request_id),))
+            code = grpc.StatusCode.OK
         except GeneratorExit:  # gRPC lets go of a stream whose caller has gone
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:  # noqa: BLE001  # whatever it is
-            code, reason = grpc.StatusCode.INTERNAL, status.cause(error)
-            abortion = status.to_grpc(error, call.request_id)
+            reason, abortion = status.cause(error), status.to_grpc(error, call.request_id)
             code = abortion.code
             traceback.clear_frames(error.__traceback__)  # they hold the request's tensors, in a circle with the error
             context.abort_with_status(abortion)  # raises, which ends the RPC

@@ -1,15 +1,18 @@
-"""What tests of the service may ask for: servers of their own settings, and that no bug is logged."""
+"""What tests of the service may ask for: servers of their own settings, no bug in the log, a trusted certificate."""
 
 from __future__ import annotations
 
 import logging
+import ssl
 from contextlib import ExitStack
 
 import grpc
 import pytest
+import trustme
 
 from queryselect_service import server
 from queryselect_service.settings import Settings
+from queryselect_service.sources import https
 from queryselect_service.stream import Inbox
 from tests.service.streams import READING
 
@@ -49,3 +52,20 @@ def serve():
             return started, stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{started.port}"))
 
         yield begin
+
+
+@pytest.fixture(scope="session")
+def authority():
+    return trustme.CA()
+
+
+@pytest.fixture
+def trusted(authority, monkeypatch, tmp_path):
+    """What speaks TLS as localhost, whose certificate this process trusts."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    https._direct.cache_clear()
+    yield context
+    https._direct.cache_clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -225,15 +224,19 @@ def serves(running: server.Server, channel: grpc.Channel) -> None:
 def free(running: server.Server, seconds: float = 2.0) -> None:
     """Whatever was set aside, and every thread that read a stream, is back within so many seconds."""
     frontend = running.frontend
-    engine, until = frontend.service.engine, time.monotonic() + seconds
+    engine = frontend.service.engine
 
     def held():
         rooms = (engine.host.taken, engine.host.reserved, len(engine.queue))
         return rooms, frontend._running, frontend._selecting.taken, dict(frontend._open), len(READING)
 
-    while held() != ((0, 0, 0), 0, 0, {}, 0) and time.monotonic() < until:
-        time.sleep(0.005)
+    until(lambda: held() == ((0, 0, 0), 0, 0, {}, 0), seconds)
     assert held() == ((0, 0, 0), 0, 0, {}, 0)
+
+
+def told_of(running: server.Server, what: str, file: str = "certificate") -> float | None:
+    """What a scrape tells of a file."""
+    return running.frontend.metrics.registry.get_sample_value(f"queryselect_file_{what}", {"file": file})
 
 
 def counted(running: server.Server, code: str, strategy: str = "margin") -> float:

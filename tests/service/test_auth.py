@@ -23,7 +23,7 @@ from queryselect.v1 import selection_pb2_grpc, server_pb2, server_pb2_grpc, stra
 from queryselect_service import auth, server
 from queryselect_service.settings import Settings, load
 from tests.service import http2
-from tests.service.streams import Talk, ask, counted, free, start, streamed, whole
+from tests.service.streams import Talk, ask, counted, free, start, streamed, told_of, whole
 from tests.service.test_errors import FAR, at_work, busy, detail, request, sleepy, tensor
 from tests.waiting import until
 
@@ -358,19 +358,14 @@ def test_a_broken_file_keeps_the_tokens_and_is_told_once(guarded, text, words, c
 
 def test_a_file_that_is_gone_keeps_the_tokens_and_is_told(guarded, caplog):
     own, channel, file = guarded
-    registry = own.frontend.metrics.registry
-
-    def current() -> float | None:
-        return registry.get_sample_value("queryselect_file_current", {"file": "token_file"})
-
-    assert current() == 1
-    assert registry.get_sample_value("queryselect_file_current", {"file": "certificate"}) is None
+    assert told_of(own, "current", "token_file") == 1
+    assert told_of(own, "current", "certificate") is None
     file.unlink()
     assert calls(channel)["GetServerInfo"](bearer())
     assert "No such file" in caplog.text
-    assert current() == 0
+    assert told_of(own, "current", "token_file") == 0
     put(file, stanza(LAB))
-    assert current() == 1
+    assert told_of(own, "current", "token_file") == 1
     refusal(lambda: calls(channel)["GetServerInfo"](bearer()))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import socket
-import ssl
 import struct
 import threading
 import time
@@ -17,7 +16,6 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
-import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -292,20 +290,14 @@ class TestFiles:
 
 class TestWeb:
     @pytest.fixture
-    def stores(self, monkeypatch, tmp_path):
+    def stores(self, trusted, monkeypatch):
         """A store that may be read, and one that may not, both trusted."""
-        authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        authority.issue_cert("localhost").configure_cert(context)
-        authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
         monkeypatch.setattr(https, "TRIES", 1)
-        https._direct.cache_clear()
         good, evil = Store({"/pools/x.npy": npy(SECRET)}), Store({"/pools/x.npy": npy(SECRET)})
-        stops = [good.start(context), evil.start(context)]
+        stops = [good.start(trusted), evil.start(trusted)]
         yield good, evil
         for stop in stops:
             stop()
-        https._direct.cache_clear()
 
     @pytest.mark.parametrize("status", [300, 301, 302, 303, 305, 307, 308])
     @pytest.mark.parametrize(
@@ -438,13 +430,8 @@ class TestSilence:
     """Stores that go on and on and never come to the point."""
 
     @pytest.fixture
-    def endless(self, monkeypatch, tmp_path):
+    def endless(self, trusted):
         """Starts a server that greets connections by `way`, within TLS or before it; its address."""
-        authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        authority.issue_cert("localhost").configure_cert(context)
-        authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-        https._direct.cache_clear()
         lines = []
         with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -452,7 +439,7 @@ class TestSilence:
                 def greet(line: socket.socket) -> None:
                     with suppress(OSError):
                         if way is not begin_handshake:
-                            line = context.wrap_socket(line, server_side=True)
+                            line = trusted.wrap_socket(line, server_side=True)
                             line.recv(65_536)
                         lines.append(line)
                         way(line)
@@ -469,7 +456,6 @@ class TestSilence:
             listening.shutdown(socket.SHUT_RDWR)
         for each in lines:
             each.close()
-        https._direct.cache_clear()
 
     @pytest.mark.parametrize("way", [begin_handshake, begin_headers, go_on])
     def test_who_has_gone_keeps_no_thread(self, endless, serving, tmp_path, way):
@@ -481,12 +467,12 @@ class TestSilence:
             client.submit("margin", 2, logits=TensorRef(uri=f"{store}/{number}.npy"), timeout=1.5)
             for number in range(fetch.THREADS + 4)
         ]
-        assert until(lambda: len(watch.WATCH._requests) == fetch.THREADS)
+        assert until(lambda: len(watch.PATIENCE._waiting) == fetch.THREADS)
         assert len(client.select("margin", 2, logits=TensorRef(uri=f"file://{tmp_path}/x.npy"), timeout=1)) == 2
         for each in jobs:
             with pytest.raises(queryselect.DeadlineExceeded):
                 each.result(10)
-        assert until(lambda: not watch.WATCH._requests, 3)
+        assert until(lambda: not watch.PATIENCE._waiting, 3)
 
     def test_who_waits_is_told(self, endless, serving, monkeypatch):
         monkeypatch.setattr(https, "WHOLE", 0.4)
@@ -494,10 +480,18 @@ class TestSilence:
         words = refused(serving(store), f"{store}/x.npy", queryselect.Unavailable)
         assert "its server did not answer within 0.4 s" in words
 
-    def test_a_bucket(self, serving, monkeypatch):
-        store = Store({"/pools/x.npy": npy(np.zeros((10_000, 4), np.float32))})
+    @pytest.fixture
+    def store(self, monkeypatch):
+        """What stands in the place of S3."""
+        store = Store()
         stop = store.start()
         s3_environment(monkeypatch, f"http://127.0.0.1:{store.port}")
+        yield store
+        stop()
+        s3._client.cache_clear()
+
+    def test_a_bucket(self, store, serving, monkeypatch):
+        store.objects["/pools/x.npy"] = npy(np.zeros((10_000, 4), np.float32))
         store.bend["/pools/x.npy"] = lambda answer, _: setattr(answer, "pause", 0.1) or answer
         client, began = serving("s3://pools"), time.monotonic()
         with pytest.raises(queryselect.DeadlineExceeded):
@@ -505,8 +499,6 @@ class TestSilence:
         monkeypatch.setattr(https, "WHOLE", 0.5)
         assert "within 0.5 s" in refused(client, "s3://pools/x.npy", queryselect.Unavailable)
         assert time.monotonic() - began < 10
-        stop()
-        s3._client.cache_clear()
 
     BUCKETS = {
         "says no size": {"Content-Range": "bytes 0-287/*"},
@@ -518,14 +510,10 @@ class TestSilence:
     }
 
     @pytest.mark.parametrize("told", BUCKETS.values(), ids=BUCKETS)
-    def test_what_a_bucket_should_not_say(self, serving, monkeypatch, told, no_bugs):
-        store = Store({"/pools/x.npy": npy(SECRET)})
-        stop = store.start()
-        s3_environment(monkeypatch, f"http://127.0.0.1:{store.port}")
+    def test_what_a_bucket_should_not_say(self, store, serving, told, no_bugs):
+        store.objects["/pools/x.npy"] = npy(SECRET)
         store.bend["/pools/x.npy"] = lambda answer, _: answer.headers.update(told) or answer
         refused(serving("s3://pools"), "s3://pools/x.npy", (queryselect.InvalidInput, queryselect.Unavailable))
-        stop()
-        s3._client.cache_clear()
 
 
 class TestObjects:

@@ -18,7 +18,6 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 import torch
-import trustme
 from moto.server import ThreadedMotoServer
 
 import queryselect
@@ -66,25 +65,13 @@ def aged(seconds: float) -> dict[str, str]:
     return {"Last-Modified": formatdate(time.time() - seconds, usegmt=True)}
 
 
-@pytest.fixture(scope="session")
-def authority():
-    return trustme.CA()
-
-
 @pytest.fixture
-def web(authority, monkeypatch, tmp_path):
-    """A store over https, whose certificate this process trusts."""
-    import ssl
-
-    context, store = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), Store()
-    authority.issue_cert("localhost").configure_cert(context)
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-    https._direct.cache_clear()
-    stop = store.start(context)
+def web(trusted):
+    """A store over https."""
+    store = Store()
+    stop = store.start(trusted)
     yield store
     stop()
-    https._direct.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from queryselect import Client, Unauthenticated, Unavailable, _tokens, cli
 from queryselect.v1 import selection_pb2_grpc
 from queryselect_service import server
 from queryselect_service.settings import Settings
-from tests.service.streams import Talk, cut, free, streamed
+from tests.service.streams import Talk, cut, free, streamed, told_of
 from tests.service.test_errors import FAR, request, tensor
 from tests.waiting import until
 
@@ -86,11 +86,6 @@ def shown(own) -> bytes:
     context.set_alpn_protocols(["h2"])
     with socket.create_connection(("127.0.0.1", own.port), 10) as line, context.wrap_socket(line) as secured:
         return ssl.DER_cert_to_PEM_cert(secured.getpeercert(binary_form=True)).encode()
-
-
-def current(own, file: str = "certificate") -> float | None:
-    """What a scrape tells of a file."""
-    return own.frontend.metrics.registry.get_sample_value("queryselect_file_current", {"file": file})
 
 
 def works(own, *roots: bytes, **options) -> bool:
@@ -226,12 +221,12 @@ def test_a_pair_that_can_not_be_used_leaves_the_old_one_and_is_told_once(tmp_pat
     write(tmp_path, issued[0].pair())
     with serving(tmp_path) as own:
         before = shown(own)
-        assert current(own) == 1
+        assert told_of(own, "current") == 1
         for name, data in fault(*issued).items():
             (tmp_path / name).unlink()
             if data is not None:
                 (tmp_path / name).write_bytes(data)
-        assert current(own) == 0, "though nobody has connected since"
+        assert told_of(own, "current") == 0, "though nobody has connected since"
         for _ in range(3):
             assert shown(own) == before
         assert works(own, issued[0].root)
@@ -243,14 +238,7 @@ def test_a_pair_that_can_not_be_used_leaves_the_old_one_and_is_told_once(tmp_pat
         pair = issued[1].pair()
         one_by_one(tmp_path, pair)
         assert shown(own) in pair[0]
-        assert current(own) == 1
-
-
-def end(own) -> float:
-    """When the certificate ends, as a scrape tells it."""
-    return own.frontend.metrics.registry.get_sample_value(
-        "queryselect_file_expiry_timestamp_seconds", {"file": "certificate"}
-    )
+        assert told_of(own, "current") == 1
 
 
 def test_when_the_certificate_ends_is_told(tmp_path, issued):
@@ -258,13 +246,13 @@ def test_when_the_certificate_ends_is_told(tmp_path, issued):
     tomorrow = (datetime.now(UTC) + timedelta(days=1)).replace(microsecond=0)
     write(tmp_path, issued[0].pair(not_after=tomorrow))
     with serving(tmp_path) as own:
-        assert end(own) == tomorrow.timestamp()
+        assert told_of(own, "expiry_timestamp_seconds") == tomorrow.timestamp()
         one_by_one(
             tmp_path, issued[0].pair(not_before=LONG_AGO - timedelta(1), not_after=LONG_AGO.replace(microsecond=0))
         )
-        assert end(own) == LONG_AGO.replace(microsecond=0).timestamp()
+        assert told_of(own, "expiry_timestamp_seconds") == LONG_AGO.replace(microsecond=0).timestamp()
         one_by_one(tmp_path, one_of_its_own(tomorrow))
-        assert end(own) == tomorrow.timestamp()
+        assert told_of(own, "expiry_timestamp_seconds") == tomorrow.timestamp()
 
 
 def one_of_its_own(ends: datetime) -> tuple[bytes, bytes]:

@@ -17,12 +17,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from queryselect import _tokens
 from queryselect.v1 import selection_pb2_grpc, server_pb2, server_pb2_grpc
 from queryselect_service import server
 from queryselect_service.settings import Settings
 from queryselect_service.tracing import Tracing
 from tests.service.streams import Talk, ask, streamed, whole
+from tests.service.test_auth import TOKEN, bearer, stanza
 from tests.service.test_errors import FAR, P, X, request, sleepy, tensor
 from tests.waiting import until
 
@@ -31,12 +31,18 @@ TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PHASES = {"receive", "queue", "decode", "transfer", "kernel", "encode"}
 
 
+def kept(started: server.Server) -> InMemorySpanExporter:
+    """Has a server keep its spans."""
+    exporter = InMemorySpanExporter()
+    started.frontend.tracing = Tracing(SimpleSpanProcessor(exporter))
+    return exporter
+
+
 @pytest.fixture
 def traced(serve):
     """A channel to a server with traces, and the spans that have ended: the RPC's, and its phases' by name."""
     started, channel = serve()
-    exporter = InMemorySpanExporter()
-    started.frontend.tracing = Tracing(SimpleSpanProcessor(exporter))
+    exporter = kept(started)
 
     def spans(method: str = SELECT):
         def found():
@@ -144,16 +150,14 @@ def test_what_is_no_traceparent_is_ignored(traced, hostile):
 
 
 def test_a_stranger_decides_on_no_trace(serve, tmp_path):
-    token, salt, hashed = _tokens.make("studio")
     path = tmp_path / "tokens.toml"
-    path.write_text(f'[[tokens]]\nname = "studio"\nsalt = "{salt.hex()}"\nhash = "{hashed.hex()}"\n')
+    path.write_text(stanza())
     started, channel = serve(token_file=str(path))
-    exporter = InMemorySpanExporter()
-    started.frontend.tracing = Tracing(SimpleSpanProcessor(exporter))
+    exporter = kept(started)
     parent = (("traceparent", f"00-{TRACE}-{SPAN}-01"), ("tracestate", "a=text-of-a-stranger"))
-    for bearer in ((), (("authorization", f"Bearer {token[:-1]}"),), (("authorization", f"Bearer {token}"),)):
+    for shown in ((), bearer(TOKEN[:-1]), bearer()):
         with suppress(grpc.RpcError):
-            select(channel, request(), metadata=(*parent, *bearer))
+            select(channel, request(), metadata=(*parent, *shown))
     assert until(lambda: sum(each.name == SELECT for each in exporter.get_finished_spans()) == 3)
     parents = [each.parent and each.parent.span_id for each in exporter.get_finished_spans() if each.name == SELECT]
     assert parents == [None, None, int(SPAN, 16)]

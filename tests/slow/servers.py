@@ -21,6 +21,7 @@ from benchmarks.machine import MB, in_flight, metrics
 from benchmarks.service.loopback import QUIETLY, process
 from queryselect import Cancelled, Client
 from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2, tensor_pb2
+from tests.waiting import until
 
 #: See there.
 PLUGGED = ("-m", "tests.slow.plugged")
@@ -55,9 +56,7 @@ def assert_stops_at_once(job, metrics) -> None:
 def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> float:
     """Waits until the condition holds; how many seconds that took."""
     began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, f"not within {seconds:g} s"
-        time.sleep(0.01)
+    assert until(condition, seconds), f"not within {seconds:g} s"
     return time.monotonic() - began
 
 

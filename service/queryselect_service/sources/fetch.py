@@ -219,9 +219,7 @@ class Fetch:
             raise InvalidInput(f"{array.path}, read by reference: {error}", field=array.path) from None
         except ServiceError as error:
             self._call.check()
-            if isinstance(
-                error, SourceRefused | SourceUnavailable
-            ):  # the operator's to mend, so in the operator's words
+            if isinstance(error, SourceRefused | SourceUnavailable):  # the operator's to mend
                 log.warning("reading from %s fails: %s", self._places[array.path].prefix, error.message)
             error.message, error.field = f"{array.path}, read by reference: {error.message}", array.path
             raise

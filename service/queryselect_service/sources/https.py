@@ -20,7 +20,7 @@ import urllib3
 from queryselect_service.errors import NotFound, ObjectChanged, ServiceError, SourceRefused, SourceUnavailable
 from queryselect_service.sources.address import Address
 from queryselect_service.sources.objects import HEAD_BYTES, Content, Remote, bare
-from queryselect_service.sources.watch import WATCH, Spare
+from queryselect_service.sources.watch import Spare, watched
 
 #: Seconds to connect, between two bytes, and for one read from its beginning to its end; how often a read is tried.
 CONNECT, SILENCE, WHOLE, TRIES = 5.0, 15.0, 60.0, 3
@@ -61,7 +61,7 @@ class Web(Remote):
     def _get(self, start: int, stop: int) -> bytes:
         for tried in range(TRIES):
             self._check()
-            with WATCH.over(WHOLE, self._check) as request:
+            with watched(WHOLE, self._check) as request:
                 try:
                     return self._try(start, stop)
                 except Exception as error:
