@@ -36,6 +36,9 @@ class Caller:
             raise OverLimit(what, size, limit, name=name, field="pool", whose="this token's")
 
 
+#: The messages of a caller who leaves may end as if that were all; how soon after gRPC says that it left, in seconds.
+LEAVING = 0.25
+
 #: Who calls where no token is needed.
 ANYONE = Caller("")
 
@@ -79,6 +82,11 @@ class Call:
         if self.refused is not None:
             words, retry_after = self.refused
             raise Busy(words, retry_after=retry_after, limit="share")
+
+    def ended_early(self) -> None:
+        """The messages are fewer than they must be. Raises as `check` does where that is because the caller leaves."""
+        if self.gone.wait(LEAVING):
+            self.check()
 
     def leave(self) -> None:
         """The caller has gone."""

@@ -219,6 +219,7 @@ class Frontend:
             raise Cancelled("the caller has gone") from error
         call.check()
         if data is None:
+            call.ended_early()
             raise InvalidInput("this method needs one message; there is none")
         return data
 

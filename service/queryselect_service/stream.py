@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 READ_AHEAD = 2
 #: The least time between two messages of progress, in seconds.
 PROGRESS_EVERY = 0.2
-#: The messages of a caller who leaves may end as if that were all; how soon after gRPC says that it left, in seconds.
-LEAVING = 0.1
 
 
 class Inbox:
@@ -123,6 +121,8 @@ class Stream:
         """The first message. Raises InvalidInput where it is no start."""
         with self._times.phase("receive"):
             first = next((message for message in self._messages() if message is not None), None)
+        if first is None:
+            self._call.ended_early()
         if not isinstance(first, selection_pb2.SelectRequest):
             raise InvalidInput("a stream needs a start as its first message; it has another, or none", field="start")
         return first
@@ -191,8 +191,8 @@ class Stream:
                 scores.advance(self._call)
             if self._may_tell():
                 yield wire.encode_progress("RECEIVING", upload.received, total)
-        if upload.received < upload.total and self._call.gone.wait(LEAVING):
-            self._call.check()
+        if upload.received < upload.total:
+            self._call.ended_early()
         with self._times.phase("decode"), self._service.desk:
             upload.finish()
         while scores is not None and not scores.finish(self._call, PROGRESS_EVERY):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -164,6 +165,25 @@ def test_messages_that_break_off_mean_that_their_sender_has_gone(running):
         assert next(answers).HasField("admitted")
         with pytest.raises(Cancelled):
             list(answers)
+    free(running)
+
+
+def test_messages_that_just_end_may_mean_so_too(running):
+    """They end, and a moment later the service is told."""
+
+    def messages(call, *some):
+        yield from some
+        threading.Timer(0.02, call.leave).start()
+
+    service, first = running.frontend.service, request()
+    first.pool.probabilities.streamed.SetInParent()
+    for said in ([], [first]):
+        call = Call("a")
+        with closing(service.select_stream(messages(call, *said), call)) as stream, pytest.raises(Cancelled):
+            list(stream.run(stream.start()))
+    call, context = Call("b"), SimpleNamespace(cancel=None)
+    with pytest.raises(Cancelled):
+        running.frontend.message(messages(call), call, context, 5)
     free(running)
 
 

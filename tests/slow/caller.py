@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 
 from queryselect._upload import chunk, serialize
-from queryselect.v1 import selection_pb2, selection_pb2_grpc, strategy_pb2, tensor_pb2
+from queryselect.v1 import selection_pb2, selection_pb2_grpc, server_pb2, server_pb2_grpc, strategy_pb2, tensor_pb2
 
 ROWS, DIMS, CHUNK = 70_000, 200, 1 << 20
 #: In the order of a stream; then that of a unary call.
@@ -51,8 +51,12 @@ def request(data: bytes | None, num_rows: int = 0) -> selection_pb2.SelectReques
     return found
 
 
-def messages(phase: str, admitted: threading.Event) -> Iterator[selection_pb2.SelectStreamRequest | bytes]:
+def messages(
+    channel: grpc.Channel, phase: str, admitted: threading.Event
+) -> Iterator[selection_pb2.SelectStreamRequest | bytes]:
     if phase == "opened":
+        # What a connection carries comes in order: once this is answered, the server knows of the stream.
+        server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest(), timeout=10)
         here()
     yield selection_pb2.SelectStreamRequest(start=request(None, 3_000_000 if phase == "download" else 0))
     if phase == "download":
@@ -80,7 +84,7 @@ def main(target: str, phase: str) -> None:
         stream = channel.stream_stream(
             "/queryselect.v1.SelectionService/SelectStream", serialize, selection_pb2.SelectStreamResponse.FromString
         )
-        for answer in stream(messages(phase, admitted)):
+        for answer in stream(messages(channel, phase, admitted)):
             progress = selection_pb2.Phase.Name(answer.progress.phase).removeprefix("PHASE_")
             if answer.HasField("admitted"):
                 admitted.set()
