@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from queryselect_service.errors import Busy, Cancelled, DeadlineExceeded, OverLimit
 from queryselect_service.times import Times
 
+#: The messages of a caller who leaves may end as if that were all; how soon after gRPC says that it left, in seconds.
+LEAVING = 0.25
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -35,9 +38,6 @@ class Caller:
         if limit is not None and size > limit:
             raise OverLimit(what, size, limit, name=name, field="pool", whose="this token's")
 
-
-#: The messages of a caller who leaves may end as if that were all; how soon after gRPC says that it left, in seconds.
-LEAVING = 0.25
 
 #: Who calls where no token is needed.
 ANYONE = Caller("")
