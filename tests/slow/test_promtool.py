@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import urllib.request
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from queryselect import Client, InvalidInput
 from queryselect_service import server
 from queryselect_service.settings import Settings
+from tests.slow import tools
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -119,17 +119,8 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def promtool(tmp_path_factory) -> str:
-    """Debian's promtool: taken out of its package where it is not there, since installing that starts a server."""
-    found = shutil.which("promtool")
-    if found:
-        return found
-    folder = tmp_path_factory.mktemp("prometheus")
-    subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
-    subprocess.run(["apt-get", "download", "-q", "prometheus"], check=True, capture_output=True, cwd=folder)
-    (package,) = folder.glob("*.deb")
-    subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
-    return str(folder / "usr" / "bin" / "promtool")
+def promtool() -> str:
+    return str(tools.unpacked("prometheus") / "usr" / "bin" / "promtool")
 
 
 def says(promtool: str, *arguments, data: bytes | None = None) -> str:

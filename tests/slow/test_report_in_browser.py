@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 
 from demo.report import Report, write
+from tests.slow import tools
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    """Debian's Chromium, installed where it is not there yet."""
-    if not shutil.which("chromium"):
-        subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
-        subprocess.run(["apt-get", "install", "-q", "-y", "chromium"], check=True, capture_output=True)
+    tools.install("chromium")
     return shutil.which("chromium")
 
 
