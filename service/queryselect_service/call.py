@@ -51,7 +51,8 @@ class Call:
     token: who opens more connections has no more then, nor have more machines of one team, and a labelling tool that
     serves several teams gives each its own. Elsewhere it is a connection. caller: what its token allows.
     admitted: whether it has its place and its memory. reserved: the bytes that were set aside then. begun: whether the
-    device has worked for it. stirred: set when anything happened that whoever waits for this call should look at.
+    device has worked for it. device: the name of that one. stirred: set when anything happened that whoever waits for
+    this call should look at.
     strategy, sizes: what it asks for, by a name that this server knows and by letter, as far as that has been read.
     uploaded: the bytes of its messages so far. fetched: of its tensors, read by reference. times: where its time goes.
     """
@@ -64,6 +65,7 @@ class Call:
     reserved: int = 0
     admitted: bool = False
     begun: bool = False
+    device: str = ""
     refused: tuple[str, float] | None = None  # why, and the seconds after which to come back
     strategy: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)

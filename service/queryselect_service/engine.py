@@ -1,10 +1,12 @@
-"""The device, and how a selection gets its turn there.
+"""The devices, and how a selection gets its turn on one.
 
 Requirements that the design meets:
 
 - One job at a time on a device: two would only share its bandwidth and double the memory. A thread of its own runs
   them, in the order of `queue.py`; nothing else waits for it. Small pointwise jobs side by side were tried: on two
   cores they made no request faster and took a fifth more, since what they wait for is Python's lock.
+- One line for all devices: whichever is free takes the next job, so that none idles while another has a line. What has
+  begun on one, rows of a stream that are scored as they come, goes on there.
 - A request is admitted before its bytes travel: it has a place, and the memory that it will need is set aside.
 - A selection stops at the next check of shards.py's verbs once its caller has gone or its deadline has passed.
 - A device that runs out of memory fails one request, never the server.
@@ -25,8 +27,8 @@ import torch
 from torch import Tensor
 
 from queryselect_service.call import Call
+from queryselect_service.device import Device, find
 from queryselect_service.errors import Busy, DeviceLost, DoesNotFit, OutOfMemory, OverLimit, ServiceError, out_of_memory
-from queryselect_service.host import host_memory
 from queryselect_service.queue import RETRY_AFTER, Job, Queue, Room
 from queryselect_service.request import Problem, Request
 from queryselect_service.settings import Settings
@@ -37,65 +39,45 @@ Result = TypeVar("Result")
 
 #: How often who waits for a client's next message looks whether it is still wanted, in seconds.
 POLL = 0.05
-#: The part of a GPU's memory that requests may fill; the rest is for its libraries.
-DEVICE_PART = 0.9
-#: Bytes that travel to a GPU at once.
-STAGE_BYTES = 32 << 20
 
 
 class Engine:
-    """Runs selections on one device, one at a time."""
+    """Runs selections on its devices, one at a time on each."""
 
     def __init__(self, settings: Settings) -> None:
+        """Raises RuntimeError for a GPU that does not work, ValueError for a device that can't be one."""
         self.settings = settings
-        name = settings.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name)
-        #: Set when a selection or a probe found the device lost, until a probe finds it at work again.
-        self.lost = threading.Event()
-        #: When a probe found the device at work last (time.monotonic), and the bytes of its memory then, by kind.
-        self.seen: tuple[float, dict[str, int]] = (-math.inf, {})
-        self.queue = Queue(settings.queue_ageing)
-        where = "cpu" if self.device.type == "cpu" else "the host"
-        clear_in = self.queue.clear_in
-        self.host = Room(where, settings.max_queue + 1, settings.max_host_bytes, clear_in=clear_in)
-        self.own_memory: Room | None = None  # the device's own, where it has some that is not the host's
-        if self.device.type == "cuda":
-            self.probe()  # a device that is not there is told of as such
-            _, total = self.memory()
-            capacity = int(DEVICE_PART * total)
+        names = find(settings.device)
+        self.queue = Queue(settings.queue_ageing, len(names))
+        self.devices: list[Device] = []
+        self.devices += [Device(each, self.queue, self.devices) for each in names]
+        where = "the host" if any(each.is_gpu for each in self.devices) else "cpu"
+        places, clear_in = settings.max_queue + len(names), self.queue.clear_in
+        self.host = Room(where, places, settings.max_host_bytes, clear_in=clear_in)
+        #: Memory of the devices' own, where they have some that is not the host's.
+        self.own_memory: Room | None = None
+        own = [each.capacity for each in self.devices if each.capacity is not None]
+        if own:
             limits = ("queue", "device_memory")
-            self.own_memory = Room(str(self.device), self.host.places, capacity, clear_in=clear_in, limits=limits)
+            self.own_memory = Room(self.name, places, sum(own), clear_in=clear_in, limits=limits, largest=max(own))
         self._starting = threading.Lock()
-        self._thread: threading.Thread | None = None
         weakref.finalize(self, self.queue.close)
 
-    def probe(self) -> None:
-        """One tiny operation on the device. Raises RuntimeError where it does not work."""
-        try:
-            torch.zeros(2, device=self.device).sum().item()
-            free, total = self.memory()
-            memory = {"total": total, "free": free}
-            if self.device.type == "cuda":
-                memory["allocated"] = torch.cuda.memory_allocated(self.device)
-                memory["reserved"] = torch.cuda.memory_reserved(self.device)
-        except Exception as error:  # torch asserts where it was built without CUDA
-            self.lost.set()
-            raise RuntimeError(f"device {self.device} does not work: {error}") from error
-        self.seen = (time.monotonic(), memory)
-        self.lost.clear()
-
     @property
-    def model(self) -> str | None:
-        """The maker's name of the device, None for a CPU."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+    def name(self) -> str:
+        """The names of its devices."""
+        return ", ".join(map(str, self.devices))
 
-    def memory(self) -> tuple[int, int]:
-        """The free and the total bytes of the device's memory."""
-        if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)
-        return host_memory()
+    def probe(self) -> None:
+        """One tiny operation on every device. Raises RuntimeError where none works."""
+        failed: list[str] = []
+        for each in self.devices:
+            try:
+                each.probe()
+            except RuntimeError as error:
+                failed.append(str(error))
+        if len(failed) == len(self.devices):
+            raise RuntimeError("; ".join(failed))
 
     @contextmanager
     def admit(self, request: Request, call: Call, *, held: int, resident: bool = True) -> Iterator[Place]:
@@ -104,9 +86,9 @@ class Engine:
         held: bytes of the request's tensors that this process keeps for it. resident: whether the kernel has its inputs
         as a whole, not a block of rows at a time.
         Raises OverLimit or DoesNotFit where the request is too large for ever, Busy where there is no room now,
-        DeviceLost where the device does not work.
+        DeviceLost where no device works.
         """
-        if self.lost.is_set():  # before anything large travels
+        if all(each.lost.is_set() for each in self.devices):  # before anything large travels
             try:
                 self.probe()
             except RuntimeError as error:
@@ -119,48 +101,12 @@ class Engine:
         finally:
             place.leave()
 
-    def move(self, x: Tensor, check: Callable[[], None]) -> Tensor:
-        """`x` on the device.
-
-        To a GPU by two pieces of page-locked memory in turn: one is filled while the other travels, little memory is
-        locked, and `check` may stop it in between.
-        """
-        if self.device.type != "cuda":
-            return x
-        source = x.contiguous().reshape(-1).view(torch.uint8)
-        moved = torch.empty(x.shape, dtype=x.dtype, device=self.device)
-        target, size = moved.reshape(-1).view(torch.uint8), min(STAGE_BYTES, len(source))
-        with torch.cuda.device(self.device):
-            stages = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-            sent = [torch.cuda.Event() for _ in stages]  # type: ignore[no-untyped-call]
-            try:
-                for number, start in enumerate(range(0, len(source), STAGE_BYTES)):
-                    check()
-                    at, piece = number % 2, source[start : start + STAGE_BYTES]
-                    sent[at].synchronize()  # returns at once where nothing was recorded
-                    staged = stages[at][: len(piece)].copy_(piece)
-                    target[start : start + STAGE_BYTES].copy_(staged, non_blocking=True)
-                    sent[at].record()
-            finally:
-                torch.cuda.synchronize(self.device)  # what is locked may be used again, and times are what they say
-        return moved
-
     def put(self, job: Job[Any]) -> None:
         """Lets the job wait for its turn."""
         with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(target=_serve, args=(self.queue,), name=str(self.device), daemon=True)
-                self._thread.start()
+            for each in self.devices:
+                each.serve()
         self.queue.put(job)
-
-
-def _serve(queue: Queue) -> None:
-    """What the device's thread does. It knows the queue only, so that an engine nobody holds can go."""
-    while (job := queue.take()) is not None:
-        started = time.monotonic()
-        job.run()
-        queue.done(job, time.monotonic() - started)
-        del job  # or its outcome would live until the next one comes
 
 
 class Place:
@@ -172,6 +118,13 @@ class Place:
         self._host, self._own = self._needs()
         self._rooms: list[tuple[Room, int]] = []  # entered, and the bytes set aside there
         self._job: Job[Any] | None = None
+        self._device: Device | None = None  # that has begun to work for it
+
+    @property
+    def device(self) -> Device:
+        """Where its work is done; asked for by that work."""
+        assert self._device is not None  # it has begun
+        return self._device
 
     @property
     def reserved(self) -> int:
@@ -198,8 +151,8 @@ class Place:
         if engine.own_memory is not None:
             needs.append((engine.own_memory, self._own))
         for room, need in needs:
-            if need > room.capacity:
-                raise DoesNotFit(request.strategy.name, need, room.where, room.capacity)
+            if need > room.largest:
+                raise DoesNotFit(request.strategy.name, need, room.where, room.largest)
         for room, need in needs:
             room.enter(self.call, need)
             self._rooms.append((room, need))
@@ -208,8 +161,8 @@ class Place:
     def reserve(self, nbytes: int) -> None:
         """Sets more host memory aside, or less where negative. Raises Busy or, where it can never be, OverLimit."""
         room, had = self._rooms[0]
-        if had + nbytes > room.capacity:
-            raise OverLimit("bytes of host memory", had + nbytes, room.capacity, name="max_host_bytes", field="pool")
+        if had + nbytes > room.largest:
+            raise OverLimit("bytes of host memory", had + nbytes, room.largest, name="max_host_bytes", field="pool")
         self.call.caller.check_bytes(had + nbytes)
         room.reserve(self.call, nbytes)
         self._rooms[0] = (room, had + nbytes)
@@ -224,8 +177,8 @@ class Place:
         changes = (needs[0] - self._host, needs[1] - self._own)
         self._host, self._own = needs
         for at, ((room, had), by) in enumerate(zip(self._rooms, changes, strict=False)):
-            if by > 0 and had + by > room.capacity:
-                raise DoesNotFit(self._request.strategy.name, had + by, room.where, room.capacity)
+            if by > 0 and had + by > room.largest:
+                raise DoesNotFit(self._request.strategy.name, had + by, room.where, room.largest)
             room.reserve(self.call, by)
             self._rooms[at] = (room, had + by)
 
@@ -265,8 +218,10 @@ class Place:
         return self.start(select, work)
 
     def start(self, work: Callable[[], Result], size: float) -> Job[Result]:
-        """Puts work in the line, one job at a time. size: multiply-adds."""
-        self._job = job = Job(lambda: self._guarded(work), size, self.call.peer)
+        """Puts work in the line, one job at a time; all on the device that has the first. size: multiply-adds."""
+        self._job = job = Job(
+            lambda device: self._guarded(work, device), size, self.call.peer, device=self._device, needs=self._own
+        )
         stirred = self.call.stirred  # and not self: an outcome must hold on to nothing
         job.outcome.add_done_callback(lambda _: stirred.set())
         self.times.begin("queue")
@@ -291,7 +246,7 @@ class Place:
             if (now > last or self._unwanted()) and self._withdraw(job):
                 self._job = None
                 self.call.check()
-                words = f"{self._engine.device} was not free within {patience:g} s"
+                words = f"{self._engine.name} was not free within {patience:g} s"
                 raise Busy(words, retry_after=queue.clear_in(), limit="queue_wait")
             if now >= until:
                 return False
@@ -304,7 +259,7 @@ class Place:
     def move(self, x: Tensor) -> Tensor:
         """`x` on the device; stops where the caller has gone."""
         with self.times.phase("transfer"):
-            return self._engine.move(x, self.call.check)
+            return self.device.move(x, self.call.check)
 
     def ahead(self, job: Job[Any]) -> int:
         """How many jobs stand between this one and the device."""
@@ -324,29 +279,27 @@ class Place:
             return True
         return False
 
-    def _guarded(self, work: Callable[[], Result]) -> Result:
+    def _guarded(self, work: Callable[[], Result], device: Device) -> Result:
         """The work, in the device's thread."""
         self.times.end("queue")
-        self.call.begun = True
-        cuda = self._engine.device.type == "cuda"
+        self._device, self.call.device, self.call.begun = device, str(device), True
         try:
             self.call.check()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(self._engine.device)
+            if device.is_gpu:
+                torch.cuda.reset_peak_memory_stats(device.where)
             with torch.inference_mode():
                 result = work()
-            if cuda:
-                peak = torch.cuda.max_memory_allocated(self._engine.device)
+            if device.is_gpu:
+                peak = torch.cuda.max_memory_allocated(device.where)
                 self.times.peak_bytes = max(peak, self.times.peak_bytes or 0)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 if str(error).startswith("CUDA error"):  # every later use of the device may fail too
-                    self._engine.lost.set()
-                    raise DeviceLost(f"{self._engine.device} is lost") from error
+                    device.lose()
+                    raise DeviceLost(f"{device} is lost") from error
                 raise
-            if cuda:
+            if device.is_gpu:
                 traceback.clear_frames(error.__traceback__)  # they hold the very tensors that filled the memory
                 torch.cuda.empty_cache()
-            message = f"{self._engine.device} is out of memory; its caches are empty now"
-            raise OutOfMemory(message, retry_after=RETRY_AFTER) from None
+            raise OutOfMemory(f"{device} is out of memory; its caches are empty now", retry_after=RETRY_AFTER) from None
         return result

@@ -13,6 +13,7 @@ from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2
 from queryselect_service import status
 from queryselect_service.call import Call
 from queryselect_service.checks import check_request_id
+from queryselect_service.device import find
 from queryselect_service.service import Service
 from queryselect_service.settings import Settings
 
@@ -29,7 +30,7 @@ class Local:
     """A service without a server. Thread-safe."""
 
     def __init__(self) -> None:
-        self._service = Service(Settings())
+        self._service = Service(Settings(device=str(find("auto")[0])))  # one caller needs no more
 
     def select(
         self,

@@ -7,7 +7,7 @@ it knows. docs/operations.md tells who uses which.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -25,6 +25,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from queryselect_service.call import Call
+from queryselect_service.device import Device
 from queryselect_service.engine import Engine
 from queryselect_service.errors import BUSY
 from queryselect_service.reload import Reloaded
@@ -105,13 +106,17 @@ class Metrics:
         self.rows = histogram("pool_rows", "Rows of the pools of requests that are right in themselves", buckets=ROWS)
         self.dims = histogram("pool_dim", "Dimensions of the embeddings among them", buckets=DIMS)
         gauge("in_flight", "Selections admitted and not ended").set_function(lambda: engine.host.taken)
-        gauge("queue_depth", "Jobs that are ready and wait for the device").set_function(lambda: len(engine.queue))
+        gauge("queue_depth", "Jobs that are ready and wait for a device").set_function(lambda: len(engine.queue))
+        gauge(
+            "queue_wait_seconds", "For how long the job that has waited longest for a device has been waiting now"
+        ).set_function(lambda: engine.queue.wait)
         admitted = gauge("admitted_bytes", "Memory set aside for selections, by where it is: host or device", "kind")
         admitted.labels("host").set_function(lambda: engine.host.reserved)
         own = engine.own_memory
         if own is not None:
             admitted.labels("device").set_function(lambda: own.reserved)
         self.ready = gauge("ready", "1 where readiness is SERVING, else 0")
+        self.device_ready = gauge("device_ready", "1 where the device works and answers, else 0", "device")
         self.current = gauge(
             "file_current", "1 where what a file says now is in use, 0 where it can't be and an older one is", "file"
         )
@@ -122,7 +127,7 @@ class Metrics:
         )
         build = gauge("build_info", "Always 1; the labels tell the versions", "version", "torch")
         build.labels(version("queryselect"), torch.__version__).set(1)
-        registry.register(DeviceMemory(engine))
+        registry.register(DeviceMemory(engine.devices))
         ProcessCollector(registry=registry)
         # Finding an instrument by its labels takes a lock and longer than counting.
         self._requests = cache(self.requests.labels)
@@ -165,20 +170,21 @@ class Metrics:
 
 
 class DeviceMemory(Collector):
-    """What health saw of the device's memory last: a scrape never waits for a device that hangs."""
+    """What health saw of the devices' memory last: a scrape never waits for a device that hangs."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, devices: Sequence[Device]) -> None:
+        self._devices = {str(each): each for each in devices}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Nothing where nobody could look at it for a while."""
+        """Nothing of a device that nobody could look at for a while."""
         family = GaugeMetricFamily(
             "queryselect_device_memory_bytes",
-            "The device's memory: total, free, and, of a GPU, what torch has in use (allocated) and holds (reserved)",
-            labels=("kind",),
+            "A device's memory: total, free, and, of a GPU, what torch has in use (allocated) and holds (reserved)",
+            labels=("device", "kind"),
         )
-        seen_at, seen = self._engine.seen
-        if time.monotonic() - seen_at < STALE:
-            for kind, value in seen.items():
-                family.add_metric((kind,), value)
+        for name, each in self._devices.items():
+            seen_at, seen = each.seen
+            if time.monotonic() - seen_at < STALE:
+                for kind, value in seen.items():
+                    family.add_metric((name, kind), value)
         yield family

@@ -21,7 +21,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from queryselect_service.call import Call
 from queryselect_service.errors import Busy
@@ -41,13 +41,20 @@ SECONDS_PER_WORK, FADING = 1e-10, 0.99
 
 
 class Job(Generic[Result]):
-    """A piece of work for a device, and what becomes of it. size: multiply-adds, for the order. peer: whose it is."""
+    """A piece of work for a device, which it is told, and what becomes of it.
 
-    def __init__(self, work: Callable[[], Result], size: float, peer: str = "") -> None:
+    size: multiply-adds, for the order. peer: whose it is. device: the one that has what the work goes on with; None:
+    whichever is free. needs: bytes of a device's own memory.
+    """
+
+    def __init__(
+        self, work: Callable[[Any], Result], size: float, peer: str = "", *, device: object = None, needs: int = 0
+    ) -> None:
         self.size, self.peer, self.since, self.begun = size, peer, time.monotonic(), False
+        self.device, self.needs = device, needs
         self.charged = 0.0  # seconds that its peer is thought to have had for it
         self.outcome: Future[Result] = Future()
-        self._work: Callable[[], Result] | None = work
+        self._work: Callable[[Any], Result] | None = work
 
     def result(self) -> Result:
         """What the work returned; raises what it raised. Once, after it has ended."""
@@ -70,13 +77,13 @@ class Job(Generic[Result]):
         """Lets go of the work, which nobody wants any more."""
         self._work = None
 
-    def run(self) -> None:
+    def run(self, device: object = None) -> None:
         """Does the work, in the thread of the device."""
         self.begun = True
         work, self._work = self._work, None  # whatever it holds on to is let go here, not when the caller looks
         assert work is not None  # a job runs once
         try:
-            result = work()
+            result = work(device)
         except BaseException as error:  # noqa: BLE001  # handed to whoever asks for the outcome
             del work
             traceback.clear_frames(error.__traceback__)  # they hold tensors, and would for as long as the error lives
@@ -86,10 +93,10 @@ class Job(Generic[Result]):
 
 
 class Queue:
-    """The jobs that are ready for one device. Thread-safe."""
+    """The jobs that are ready for a device, of so many. Thread-safe."""
 
-    def __init__(self, ageing: float) -> None:
-        self._ageing, self._closed = ageing, False
+    def __init__(self, ageing: float, devices: int = 1) -> None:
+        self._ageing, self._devices, self._closed = ageing, devices, False
         self._jobs: list[Job[object]] = []
         self._running: list[Job[object]] = []
         self._changed = threading.Condition()
@@ -102,13 +109,19 @@ class Queue:
     def __len__(self) -> int:
         return len(self._jobs)
 
+    @property
+    def wait(self) -> float:
+        """For how long the job that has waited longest has been waiting, in seconds; 0 where none is."""
+        with self._changed:
+            return max((time.monotonic() - each.since for each in self._jobs), default=0.0)
+
     def put(self, job: Job[object]) -> None:
         """Adds a job."""
         with self._changed:
             if not any(each.peer == job.peer for each in self._jobs):
                 self._had[job.peer] = max(self._had.get(job.peer, 0.0), self._start)
             self._jobs.append(job)
-            self._changed.notify()
+            self._changed.notify_all()  # it may not be for whoever is free
 
     def withdraw(self, job: Job[object]) -> bool:
         """Takes a job out. False: it has begun."""
@@ -124,13 +137,14 @@ class Queue:
         with self._changed:
             return next((at for at, each in enumerate(self._order()) if each is job), 0)
 
-    def take(self) -> Job[object] | None:
-        """Waits for the next job and takes it; `done` must follow. None: the queue is closed."""
+    def take(self, may: Callable[[Job[object]], bool] = lambda _: True) -> Job[object] | None:
+        """Waits for the next job of those that may be taken and takes it; `done` must follow. None: it is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._closed)
+            while not self._closed and (job := next(filter(may, self._order()), None)) is None:
+                self._changed.wait()
             if self._closed:
                 return None
-            job = next(self._order())
+            assert job is not None  # or it would wait
             self._jobs.remove(job)
             self._running.append(job)
             self._start = max(self._start, self._had[job.peer])
@@ -150,11 +164,16 @@ class Queue:
                 self._start = max(self._start, *self._had.values())
             self._forget()
 
+    def stir(self) -> None:
+        """Has those who wait for a job look again which they may take."""
+        with self._changed:
+            self._changed.notify_all()
+
     def clear_in(self) -> float:
-        """The seconds after which what waits and what runs will have had the device, by estimate and within reason."""
+        """The seconds after which what waits and what runs will have had a device, by estimate and within reason."""
         with self._changed:
             work = sum(map(self._estimate, (*self._jobs, *self._running)))
-        return min(max(work, SOONEST), LATEST)
+        return min(max(work / self._devices, SOONEST), LATEST)
 
     def close(self) -> None:
         """Lets whoever takes jobs go home."""
@@ -212,12 +231,15 @@ class Room:
         movable: Callable[[Call], bool] = lambda call: not call.begun,
         clear_in: Callable[[], float] = lambda: RETRY_AFTER,
         limits: tuple[str, str] = ("queue", "host_memory"),
+        largest: int | None = None,
     ) -> None:
         """where: its name in messages. movable: whether a call may be made to leave. clear_in: when to come back.
 
-        limits: what refusals for want of places and of bytes are counted under.
+        limits: what refusals for want of places and of bytes are counted under. largest: the bytes that one call may
+        ever have, where that is less than the capacity.
         """
         self.where, self.places, self.capacity = where, places, capacity
+        self.largest = capacity if largest is None else largest
         self._movable, self._clear_in, self._limits = movable, clear_in, limits
         self._held: dict[Call, int] = {}  # in the order in which they came
         self._leaving: set[Call] = set()  # of these, those who make room for others

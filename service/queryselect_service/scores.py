@@ -17,8 +17,8 @@ from queryselect_service.upload import WINDOW, Block, Upload
 class Scores:
     """The scores of rows that are scored one by one, as their blocks become ready. values: (N,), once all are."""
 
-    def __init__(self, request: Request, place: Place, upload: Upload, device: torch.device) -> None:
-        self._request, self._place, self._upload, self._device = request, place, upload, device
+    def __init__(self, request: Request, place: Place, upload: Upload) -> None:
+        self._request, self._place, self._upload = request, place, upload
         self._row_work = request.strategy.work(request.sizes) / request.size
         self._job: Job[list[Block]] | None = None
         self.values: torch.Tensor | None = None
@@ -59,9 +59,9 @@ class Scores:
 
     def _score(self, blocks: list[Block], call: Call) -> list[Block]:
         """In the device's thread."""
-        request = self._request
+        request, device = self._request, self._place.device.where
         if self.values is None:
-            self.values = torch.empty(request.size, dtype=torch.float64, device=self._device)
+            self.values = torch.empty(request.size, dtype=torch.float64, device=device)
         here = request.tensors()
         rowwise = per_row(request.strategy, here)
         values = self.values
@@ -75,5 +75,5 @@ class Scores:
             )
 
         with self._place.times.phase("kernel"):
-            deque(each_block(request.strategy, work, blocks, self._device), maxlen=0)
+            deque(each_block(request.strategy, work, blocks, device), maxlen=0)
         return blocks

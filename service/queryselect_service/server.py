@@ -19,8 +19,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from queryselect_service import allocator, logs, status, tls
+from queryselect_service.device import Device
 from queryselect_service.endpoint import Endpoint
-from queryselect_service.engine import Engine
 from queryselect_service.errors import Unauthenticated
 from queryselect_service.metrics import Metrics
 from queryselect_service.patience import Patience
@@ -45,6 +45,8 @@ HEALTH_THREADS = 2
 HEALTH_BYTES = 4096
 #: How long a connection may take until both sides know what they speak, in milliseconds.
 HANDSHAKE_MS = 20_000
+#: gRPC's number for a time without an end, in milliseconds.
+NEVER = (1 << 31) - 1
 #: Room in a message beside its tensors.
 HEADER_BYTES = 1 << 20
 #: Time for answers that are on their way when the port closes, in seconds.
@@ -166,39 +168,53 @@ class Lenient:
             return self._instead
 
 
-class DeviceHealth(health.HealthServicer):
-    """Health whose readiness follows the device, which a thread of its own probes by a tiny operation now and then.
+class Watched:
+    """A device, whether it worked when it was looked at last, and when that was."""
 
-    A device that does not answer in time is not ready either. Liveness, the empty name, asks nothing of the device.
+    def __init__(self, device: Device) -> None:
+        self.device, self.told, self.works = device, time.monotonic(), True
+
+    def ready(self) -> bool:
+        """Whether it works, and has not been silent for too long."""
+        return self.works and not self.silent
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has not answered for too long."""
+        return time.monotonic() - self.told > PROBE_EVERY + PROBE_WAIT
+
+
+class DeviceHealth(health.HealthServicer):
+    """Health whose readiness follows the devices: one that works is enough.
+
+    A thread for each probes it by a tiny operation now and then; one that does not answer in time is not ready either.
+    Liveness, the empty name, asks nothing of a device.
     """
 
-    def __init__(self, engine: Engine, services: Sequence[str]) -> None:
+    def __init__(self, devices: Sequence[Device], services: Sequence[str]) -> None:
         super().__init__()
-        self._engine, self._services = engine, services
-        self._told, self._closed = time.monotonic(), threading.Event()
-        self._ready: bool | None = None
+        self.watched = [Watched(each) for each in devices]
+        self._services, self._closed, self._telling = services, threading.Event(), threading.Lock()
+        self._ready = True
         self._draining = False
-        self._say(ready=True)
-        threading.Thread(target=self._watch, name="health", daemon=True).start()
+        for name in services:
+            self.set(name, health_pb2.HealthCheckResponse.SERVING)
+        for each in self.watched:
+            threading.Thread(target=self._watch, args=(each,), name="health", daemon=True).start()
+        threading.Thread(target=self._listen, name="silence", daemon=True).start()
 
     def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
     ) -> health_pb2.HealthCheckResponse:
         """Answers a check."""
-        if request.service in self._services and self._silent:
-            self._say(ready=False, why=f"{self._engine.device} does not answer")
+        self._tell()
         answer: health_pb2.HealthCheckResponse = super().Check(request, context)
         return answer
 
     @property
     def ready(self) -> bool:
         """Whether readiness is SERVING."""
-        return bool(self._ready) and not self._silent and not self._draining
-
-    @property
-    def _silent(self) -> bool:
-        """Whether the device has not answered for too long."""
-        return time.monotonic() - self._told > PROBE_EVERY + PROBE_WAIT
+        return any(each.ready() for each in self.watched) and not self._draining
 
     def enter_graceful_shutdown(self) -> None:
         """Says NOT_SERVING from now on."""
@@ -209,30 +225,45 @@ class DeviceHealth(health.HealthServicer):
         """Probes no more."""
         self._closed.set()
 
-    def _watch(self) -> None:
+    def _watch(self, one: Watched) -> None:
+        device = one.device
         while not self._closed.is_set():
             try:
-                self._engine.probe()
-                self._say(ready=True)
+                device.probe()
+                self._note(one, works=True)
             except RuntimeError as error:
-                self._say(ready=False, why=str(error))
-            self._told = time.monotonic()
-            if not self._ready:
+                self._note(one, works=False, why=str(error))
+            if not one.works:
                 self._closed.wait(PROBE_EVERY)
-            elif self._engine.lost.wait(PROBE_EVERY):  # a selection found it so: told at once, and looked at again
-                self._say(ready=False, why=f"{self._engine.device} is lost")
+            elif device.lost.wait(PROBE_EVERY):  # a selection found it so: told at once, and looked at again
+                self._note(one, works=False, why=f"{device} is lost")
 
-    def _say(self, *, ready: bool, why: str = "") -> None:
-        """Sets the state of the services where it changes; those who watch it are told."""
-        if ready == self._ready:
-            return
-        first, self._ready, states = self._ready is None, ready, health_pb2.HealthCheckResponse
-        if not ready:
-            log.error("not ready: %s", why)
-        elif not first:
-            log.warning("ready again: %s works", self._engine.device)
-        for name in self._services:
-            self.set(name, states.SERVING if ready else states.NOT_SERVING)
+    def _listen(self) -> None:
+        """Tells those who watch of a device that hangs: its own thread hangs with it."""
+        while not self._closed.wait(PROBE_EVERY):
+            self._tell()
+
+    def _note(self, one: Watched, *, works: bool, why: str = "") -> None:
+        changed, one.works, one.told = works != one.works, works, time.monotonic()
+        told = self._tell(why or f"{one.device} works")
+        if changed and not told:  # others work
+            log.log(logging.WARNING if works else logging.ERROR, "%s", why or f"{one.device} works again")
+
+    def _tell(self, why: str = "") -> bool:
+        """Sets the state of the services where it changes, and returns whether; those who watch it are told."""
+        with self._telling:
+            ready = any(each.ready() for each in self.watched)
+            if ready == self._ready:
+                return False
+            self._ready, states = ready, health_pb2.HealthCheckResponse
+            if ready:
+                log.warning("ready again: %s", why)
+            else:
+                silent = (f"{each.device} does not answer" for each in self.watched if each.silent)
+                log.error("not ready: %s", why or "; ".join(silent))
+            for name in self._services:
+                self.set(name, states.SERVING if ready else states.NOT_SERVING)
+            return True
 
 
 def start(settings: Settings) -> Server:
@@ -256,13 +287,17 @@ def start(settings: Settings) -> Server:
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+            # What runs then goes on for as long as it likes: gRPC's default is no limit.
+            ("grpc.max_connection_age_ms", int(1000 * settings.max_connection_age) or NEVER),
         ],
     )
     metrics = Metrics(service.engine)
     frontend = Frontend(service, metrics, tracing)
     names = add_services(frontend, server)
-    checks = DeviceHealth(service.engine, names)
+    checks = DeviceHealth(service.engine.devices, names)
     metrics.ready.set_function(lambda: checks.ready)
+    for each in checks.watched:
+        metrics.device_ready.labels(str(each.device)).set_function(each.ready)
     if pair is not None:
         metrics.follow(pair, lambda: pair.get().ends)
     if frontend.tokens is not None:

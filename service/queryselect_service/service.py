@@ -105,7 +105,7 @@ class Service:
         with call.times.phase("encode"):
             answer = wire.encode(selection, request, large)
         answer.request_id = call.request_id
-        answer.info.CopyFrom(wire.encode_info(call.times, str(self.engine.device), request, VERSION))
+        answer.info.CopyFrom(wire.encode_info(call.times, call.device or self.engine.name, request, VERSION))
         return answer
 
     def list_strategies(self) -> strategy_pb2.ListStrategiesResponse:
@@ -121,17 +121,21 @@ class Service:
 
     def server_info(self, caller: Caller = ANYONE) -> server_pb2.GetServerInfoResponse:
         """Describes the server to a caller, with memory as the last probe saw it."""
-        engine, (_, memory) = self.engine, self.engine.seen  # and not as it is now: a device may not answer
-        device = server_pb2.Device(
-            name=str(engine.device),
-            model=engine.model,
-            free_bytes=memory.get("free"),
-            total_bytes=memory.get("total"),
-            capacity_bytes=(engine.own_memory or engine.host).capacity,
-        )
+        engine, devices = self.engine, []
+        for each in engine.devices:
+            _, memory = each.seen  # and not as it is now: a device may not answer
+            devices.append(
+                server_pb2.Device(
+                    name=str(each),
+                    model=each.model,
+                    free_bytes=memory.get("free"),
+                    total_bytes=memory.get("total"),
+                    capacity_bytes=engine.host.capacity if each.capacity is None else each.capacity,
+                )
+            )
         return server_pb2.GetServerInfoResponse(
             version=VERSION,
-            devices=[device],
+            devices=devices,
             limits=wire.encode_limits(self.settings, caller),
             dtypes=list(wire.DTYPES),
             uri_schemes=self.sources.schemes,

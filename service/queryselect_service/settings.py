@@ -59,7 +59,11 @@ class Settings:
         False, "tokens without TLS on an address beyond loopback, where a proxy in front of this server ends TLS"
     )
     reflection: bool = setting(True, "whether tools may ask for the proto")
-    device: str = setting("auto", "torch device for selections; auto: cuda where there is one, else cpu")
+    device: str = setting(
+        "auto",
+        "torch devices for selections, separated by commas, one selection at a time on each; cuda: every GPU that is "
+        "visible; auto: cuda where there is one, else cpu",
+    )
     log_level: str = setting("INFO", "least severity that is logged")
     log_format: str = setting("auto", "form of the log: json, text, or auto, which is text on a terminal and else json")
     otlp_endpoint: str = setting(
@@ -92,6 +96,13 @@ class Settings:
     queue_wait: float = setting(120.0, "longest wait for the device, seconds", low=0, high=DAY)
     queue_ageing: float = setting(
         10.0, "wait after which a request goes before shorter ones that came later, seconds", low=0, high=DAY
+    )
+    max_connection_age: float = setting(
+        0.0,
+        "time after which a connection takes no more requests, so that clients look again which servers there are, "
+        "seconds; what runs goes on; 0: none",
+        low=0,
+        high=DAY,
     )
     drain_grace: float = setting(60.0, "time for running requests when the server stops, seconds", low=0, high=DAY)
 

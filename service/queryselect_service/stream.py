@@ -137,10 +137,10 @@ class Stream:
         """What follows a checked start. large: see wire.encode. Raises ServiceError."""
         service, call, times = self._service, self._call, self._times
         blockwise = any(in_blocks(request, array) for array in request.arrays)
-        engine, selection, held = service.engine, None, held_bytes(request) + fetch.held_bytes
-        with closing(fetch), engine.admit(request, call, held=held, resident=not blockwise) as place:
+        selection, held = None, held_bytes(request) + fetch.held_bytes
+        with closing(fetch), service.engine.admit(request, call, held=held, resident=not blockwise) as place:
             upload = Upload(request, place.reserve, call.check)
-            scores = Scores(request, place, upload, engine.device) if blockwise else None
+            scores = Scores(request, place, upload) if blockwise else None
             self._inbox.admit()
             yield wire.encode_admitted(call.request_id, place.reserved)
             with times.phase("receive"):

@@ -14,7 +14,8 @@ from grpc_status import rpc_status
 
 from queryselect import Client, Custom, Unavailable
 from queryselect.v1 import selection_pb2_grpc
-from queryselect_service import engine, server, upload
+from queryselect_service import device as devices
+from queryselect_service import server, upload
 from tests.service.streams import Talk, free, serves, streamed
 from tests.service.test_errors import FAR, X, detail, request, sleepy, tensor
 from tests.waiting import until
@@ -32,10 +33,10 @@ def device(monkeypatch):
             self.broken, self.answers = False, threading.Event()
             self.answers.set()
 
-        def probe(self, one: engine.Engine) -> None:
+        def probe(self, one: devices.Device) -> None:
             self.answers.wait(20)
             if self.broken:
-                one.lost.set()
+                one.lose()
                 raise RuntimeError("device cuda:0 does not work: it is lost")
             one.lost.clear()
 
@@ -43,10 +44,10 @@ def device(monkeypatch):
     monkeypatch.setattr(server, "PROBE_EVERY", 0.05)
     monkeypatch.setattr(server, "PROBE_WAIT", 0.2)
 
-    def probe(one: engine.Engine) -> None:
+    def probe(one: devices.Device) -> None:
         made.probe(one)
 
-    monkeypatch.setattr(engine.Engine, "probe", probe)
+    monkeypatch.setattr(devices.Device, "probe", probe)
     return made
 
 

@@ -24,7 +24,7 @@ from queryselect.v1 import (
     strategy_pb2,
     tensor_pb2,
 )
-from queryselect_service import endpoint, engine, server
+from queryselect_service import device, endpoint, server
 from queryselect_service import metrics as module
 from queryselect_service.errors import Cancelled
 from queryselect_service.settings import Settings
@@ -232,15 +232,16 @@ def test_a_plug_in_that_is_here_has_its_own_label(serve):
 def test_a_scrape_never_waits_for_the_device(serve, monkeypatch):
     started, _ = serve()
     seen = Seen(started)
-    assert 0 < seen.now("device_memory_bytes", kind="free") < seen.now("device_memory_bytes", kind="total")
+    free, total = (seen.now("device_memory_bytes", device="cpu", kind=kind) for kind in ("free", "total"))
+    assert 0 < free < total
     hangs, answers = threading.Event(), threading.Event()
 
-    def probe(_: engine.Engine) -> None:
+    def probe(_: device.Device) -> None:
         hangs.set()
         answers.wait(20)
 
-    monkeypatch.setattr(engine.Engine, "probe", probe)
-    monkeypatch.setattr(engine.Engine, "memory", lambda _: answers.wait(20))
+    monkeypatch.setattr(device.Device, "probe", probe)
+    monkeypatch.setattr(device.Device, "memory", lambda _: answers.wait(20))
     try:
         assert hangs.wait(5)
         began = time.monotonic()

@@ -18,7 +18,7 @@ from tests.waiting import until
 
 
 def job(size: float, waited: float = 0.0, peer: str = "") -> Job[None]:
-    made = Job(lambda: None, size, peer)
+    made = Job(lambda _: None, size, peer)
     made.since = time.monotonic() - waited
     return made
 
@@ -107,7 +107,7 @@ def test_take_waits_for_a_job_or_the_end():
 
 
 def test_a_job_hands_over_what_its_work_returned_or_raised():
-    good, bad = Job(lambda: 7, 0), Job(lambda: 1 // 0, 0)
+    good, bad = Job(lambda _: 7, 0), Job(lambda _: 1 // 0, 0)
     good.run()
     bad.run()
     assert good.outcome.result() == 7

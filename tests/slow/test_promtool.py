@@ -28,9 +28,9 @@ CASES = {
     "QuerySelectGone": ({}, {"queryselect_build_info": "1x40"}),
     "QuerySelectNotScraped": ({"up": "1x30 0x10"}, {"up": "1x35 0x2 1x3"}),
     "QuerySelectNotReady": ({"queryselect_ready": "0x40"}, {"queryselect_ready": "1x36 0x2 1x1"}),
-    "QuerySelectDeviceSilent": (
-        {"queryselect_build_info": "1x40"},
-        {"queryselect_build_info": "1x40", 'queryselect_device_memory_bytes,kind="total"': "8x40"},
+    "QuerySelectDeviceDown": (
+        {'queryselect_device_ready,device="cuda:0"': "1x40", 'queryselect_device_ready,device="cuda:1"': "1x30 0x10"},
+        {'queryselect_device_ready,device="cuda:0"': "1x38 0x2", 'queryselect_device_ready,device="cuda:1"': "1x40"},
     ),
     "QuerySelectDeviceLost": (
         {'queryselect_rejected_total,reason="DEVICE_LOST"': "0x35 2x5"},
