@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -39,6 +40,9 @@ UNARY_BYTES = 4 * MIB
 ANSWER_BYTES = 256 * MIB
 
 
+#: How requests are shared among servers where the target names several, as a headless Service of Kubernetes does: in
+#: turn, and none to a server that says that it is not ready, so that one that drains is left before it refuses.
+BALANCED = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": _SERVICE}}
 #: Targets that never leave this machine.
 _LOOPBACK = re.compile(r"(dns:/*|ipv4:|ipv6:)?(localhost|127\.[\d.]+|\[::1\]|::1)(:\d+)?$|unix:")
 
@@ -86,6 +90,7 @@ class Remote:
             ("grpc.max_send_message_length", -1),  # what is too large, the server says
             ("grpc.max_receive_message_length", ANSWER_BYTES),
             ("grpc.enable_retries", 0),  # the client retries by itself: gRPC's own forgets requests over 256 KiB
+            ("grpc.service_config", json.dumps(BALANCED)),
         ]
         if tls:
             credentials = grpc.ssl_channel_credentials() if tls is True else tls
