@@ -1,9 +1,10 @@
-"""examples/go and examples/cpp, built with what Debian has: the picks of the Python client, errors read, health heeded."""
+"""examples/go and examples/cpp, built with what Debian has: the Python client's picks, errors read, health heeded."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -40,8 +41,8 @@ def with_go(folder: Path) -> Path:
     # in conflict with; found first, it stands in for it.
     newer = [tools.unpacked(each) for each in ("golang-github-golang-protobuf-1-5-dev", "golang-google-protobuf-dev")]
     (folder / "src").mkdir()
-    files = [str(path.relative_to(ROOT / "proto")) for path in (ROOT / "proto" / "queryselect").rglob("*.proto")]
-    run("protoc", "-I", ROOT / "proto", f"--go_out={folder}/src", f"--go-grpc_out={folder}/src", *files)
+    (generate,) = re.findall(r"^protoc .*--go_out.*$", (ROOT / "docs" / "clients.md").read_text(), re.MULTILINE)
+    run("sh", "-c", generate.replace("out=.", f"out={folder}/src"), cwd=ROOT)
     share = "usr/share/gocode"
     path = os.pathsep.join(map(str, (folder, *(each / share for each in newer), f"/{share}")))
     program = folder / "select"
