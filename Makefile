@@ -9,7 +9,7 @@ INSTALL := PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip
 LOCKED := $(INSTALL) --require-hashes -c constraints.txt
 BUF := npx --yes @bufbuild/buf@1.75.0
 
-.PHONY: help demo test check lint types format proto release-proto slow nightly audit licences sbom bench bench-service clean
+.PHONY: help demo test check lint types format proto release-proto testdata slow nightly audit licences sbom bench bench-service clean
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -85,6 +85,9 @@ proto: ## Generates the Python code from proto/
 
 release-proto: ## Keeps the proto image of this release, for the breaking check
 	$(BUF) build proto -o proto/released.binpb
+
+testdata: .venv/.dev ## Writes proto/testdata, requests and answers that any language can replay
+	$(BIN)/python -m scripts.testdata
 
 slow: .venv/.dev ## What needs other tools or time
 	$(BIN)/python -m pytest -m slow
