@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = (
     "README.md",
     "docs/choosing.md",
+    "docs/image.md",
     "docs/licences.md",
     "docs/operations.md",
     "docs/references.md",
