@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 INSTALL := PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check
 LOCKED := $(INSTALL) --require-hashes -c constraints.txt
 BUF := npx --yes @bufbuild/buf@1.75.0
+TARGET := cpu
 
-.PHONY: help demo test check lint types format proto release-proto testdata slow nightly audit licences sbom bench bench-service clean
+.PHONY: help demo test check lint types format proto release-proto testdata slow nightly audit licences sbom image bench \
+  bench-service clean
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -106,10 +108,10 @@ licences: .venv/.dev ## Writes docs/licences.md
 sbom: .venv-supply/.done ## dist/sbom.cdx.json: what the service's image installs, in CycloneDX
 	$(MAKE) VENV=.venv-image .venv-image/.image
 	mkdir -p dist
-	sed "s/^dynamic = .*/version = \"$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' client/queryselect/_version.py)\"/" \
-	  pyproject.toml > .venv-image/pyproject.toml
-	.venv-supply/bin/cyclonedx-py environment --pyproject .venv-image/pyproject.toml --sv 1.6 --output-reproducible \
-	  --validate -o dist/sbom.cdx.json .venv-image
+	scripts/sbom .venv-supply .venv-image dist/sbom.cdx.json
+
+image: ## The server's image, by docker or buildah, and what is in it (TARGET=cuda: for GPUs; ARGS: for its build)
+	scripts/image $(TARGET) $(ARGS)
 
 bench: .venv/.bench ## Every strategy against its peers and the machine's limits (ARGS="--scaling margin": how it grows)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -18,15 +18,9 @@ from queryselect_service.settings import Settings
 ROOT = Path(__file__).parent.parent.parent
 PAGES = (
     "README.md",
-    "docs/choosing.md",
-    "docs/clients.md",
-    "docs/licences.md",
-    "docs/operations.md",
-    "docs/references.md",
-    "docs/security.md",
+    *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")),
     "benchmarks/reproductions/README.md",
     "examples/README.md",
-    "examples/node/README.md",
 )
 strategies.load()
 NAMES = set(strategies.STRATEGIES)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 
 from queryselect_service import logs
@@ -20,10 +21,16 @@ from queryselect_service.times import PHASES
 ROOT = Path(__file__).parent.parent.parent
 FILES = ROOT / "helm" / "queryselect" / "files"
 DOCUMENTED = (ROOT / "docs" / "operations.md").read_text()
-ALERTS, DASHBOARD = (FILES / "alerts.yaml").read_text(), json.loads((FILES / "dashboard.json").read_text())
+ALERTS, RECORDED = (
+    [rule for group in yaml.safe_load((FILES / name).read_text())["groups"] for rule in group["rules"]]
+    for name in ("alerts.yaml", "recording.yaml")
+)
+DASHBOARD = json.loads((FILES / "dashboard.json").read_text())
 BENCHMARKS = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("**/*.py"))
 #: What a name in an expression may have behind the metric's own.
 SUFFIXES = r"(_bucket|_sum|_count)?\b"
+#: A metric in an expression, or what a rule has recorded of one.
+NAME = r"(?<![\w:])(?:[a-z_]+:)?(?:queryselect|process)_[\w:]+"
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +58,17 @@ def panels() -> list[dict]:
 
 
 def expressions() -> list[str]:
-    alerts = re.findall(r"expr: (?:>-\n)?(.*?)\n +(?:for|labels):", ALERTS, re.DOTALL)
-    return [*alerts, *(target["expr"] for panel in panels() for target in panel["targets"])]
+    rules = [rule["expr"] for rule in (*ALERTS, *RECORDED)]
+    return [*rules, *(target["expr"] for panel in panels() for target in panel["targets"])]
+
+
+def labels_of(name: str, measured: dict[str, tuple[str, set[str]]]) -> set[str]:
+    """What a metric, a part of a histogram or a recorded series has, but for what all have."""
+    level, colon, _ = name.partition(":")
+    if colon:
+        of_rules = {label for rule in RECORDED if rule["record"] == name for label in rule.get("labels", ())}
+        return {label for label in ("code", "reason", "strategy") if f"_{label}" in level} | of_rules
+    return (measured.get(name) or measured[re.sub("_(bucket|sum|count)$", "", name)])[1]
 
 
 def documented() -> dict[str, tuple[str, str]]:
@@ -76,30 +92,41 @@ def test_every_metric_of_ours_is_used_by_an_alert_a_panel_or_a_benchmark(measure
 
 
 def test_no_expression_names_what_does_not_exist(measured):
-    known = set(measured) | {
+    parts = {
         name + suffix
         for name, (kind, _) in measured.items()
         if kind == "histogram"
         for suffix in ("_bucket", "_sum", "_count")
     }
-    histograms = {name for name, (kind, _) in measured.items() if kind == "histogram"}
+    known = {name for name, (kind, _) in measured.items() if kind != "histogram"} | parts
     for expression in expressions():
-        named = set(re.findall(r"\b(?:queryselect|process)_\w+", expression))
+        named = set(re.findall(NAME, expression))
         assert named or expression.startswith("up{"), expression
-        assert named <= known - histograms, expression
-    assert set(re.findall(r"\"(queryselect_\w+)\"", BENCHMARKS)) - {"queryselect_service"} <= known
+        assert named <= known | {rule["record"] for rule in RECORDED}, expression
+    assert set(re.findall(r"\"(queryselect_\w+)\"", BENCHMARKS)) - {"queryselect_service"} <= known | set(measured)
 
 
 def test_no_expression_asks_for_a_label_that_its_metric_has_not(measured):
     of_all = {"job", "instance", "le"}
     for expression in expressions():
-        for name, matchers in re.findall(r"\b((?:queryselect|process)_\w+)\{([^}]*)\}", expression):
-            own = measured.get(name) or measured[re.sub("_(bucket|sum|count)$", "", name)]
-            assert set(re.findall(r"(\w+)=", matchers)) <= own[1] | of_all, expression
+        for name, matchers in re.findall(rf"({NAME})\{{([^}}]*)\}}", expression):
+            assert set(re.findall(r"(\w+)(?:=|!)", matchers)) <= labels_of(name, measured) | of_all, expression
         grouped = [label for group in re.findall(r"\bby \(([^)]*)\)", expression) for label in group.split(", ")]
-        named = re.findall(r"\b((?:queryselect|process)_\w+)", expression)
-        labels = set().union(*((measured.get(n) or measured[re.sub("_(bucket|sum|count)$", "", n)])[1] for n in named))
+        labels = set().union(*(labels_of(name, measured) for name in re.findall(NAME, expression)))
         assert set(grouped) <= labels | of_all, expression
+
+
+def test_what_is_recorded_is_named_by_what_it_is_by():
+    """level:metric:operations, where the level is the labels that are left."""
+    for rule in RECORDED:
+        level, metric, operations = rule["record"].split(":")
+        assert metric.startswith("queryselect_")
+        assert operations
+        by = re.match(r"\w+ by \(([^)]*)\)", rule["expr"])
+        asked = re.search(NAME, rule["expr"])
+        assert by or asked, rule
+        left = by[1].replace(", ", "_") if by else asked[0].partition(":")[0]
+        assert level == (left.removesuffix("_le") if "histogram_quantile" in rule["expr"] else left), rule
 
 
 def reasons() -> set[str]:
@@ -117,15 +144,18 @@ def test_every_reason_is_documented_and_alerts_ask_for_such_as_are_there_from_th
     told = set(re.findall(r"`([A-Z_]+)(?::\w+)?`", section))
     assert told - {"ErrorInfo"} == reasons()
     assert set(re.findall(r"`BUSY:(\w+)`", section)) == set(BUSY)
-    for expression in re.findall(r'reason=~?"([^"]+)"', ALERTS):
-        assert any(re.fullmatch(expression, reason) for reason in REASONS), expression
+    for rule in ALERTS:
+        for expression in re.findall(r'reason=~?"([^"]+)"', rule["expr"]):
+            assert any(re.fullmatch(expression, reason) for reason in REASONS), expression
 
 
-def test_every_phase_and_every_alert_is_documented():
+def test_every_phase_every_alert_and_all_that_is_recorded_is_documented():
     section = DOCUMENTED.split("### Phases")[1].split("## Alerts")[0]
     assert set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == set(PHASES)
     section = DOCUMENTED.split("## Alerts")[1].split("## Traces")[0]
-    assert re.findall(r"^\| (QuerySelect\w+)", section, re.MULTILINE) == re.findall(r"alert: (\w+)", ALERTS)
+    assert re.findall(r"^\| (QuerySelect\w+)", section, re.MULTILINE) == [rule["alert"] for rule in ALERTS]
+    told = re.findall(r"^\| `([\w:]+)`", section, re.MULTILINE)
+    assert told == list(dict.fromkeys(rule["record"] for rule in RECORDED))
     assert set(logs.FORMATS) <= set(re.findall(r"`(\w+)`", DOCUMENTED.split("## Logs")[1]))
 
 

@@ -1,9 +1,11 @@
-"""What Prometheus' own tool says of metrics, alerts and dashboard; every alert fires when it should, and only then."""
+"""What Prometheus' own tool says of metrics, rules and dashboard.
+
+Every alert fires when it should, and only then; what is recorded is what arithmetic says.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import urllib.request
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import yaml
 
 from queryselect import Client, InvalidInput
 from queryselect_service import server
@@ -20,8 +23,13 @@ from tests.slow import tools
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 FILES = Path(__file__).parent.parent.parent / "helm" / "queryselect" / "files"
-ALERTS = FILES / "alerts.yaml"
-OF = '{job="queryselect",instance="a:9090"%s}'
+ALERTS, RECORDED = (FILES / name for name in ("alerts.yaml", "recording.yaml"))
+#: Group by group, as the rules ask for each other.
+RULES = {
+    "rule_files": [str(RECORDED), str(ALERTS)],
+    "evaluation_interval": "1m",
+    "group_eval_order": ["queryselect.recorded", "queryselect"],
+}
 
 #: What each alert is about: series over 40 minutes that fire it, and the same of a server that is well.
 CASES = {
@@ -64,6 +72,10 @@ CASES = {
             'queryselect_queue_duration_seconds_bucket,le="50"': "0+10x40",
             'queryselect_queue_duration_seconds_bucket,le="+Inf"': "0+10x40",
         },
+    ),
+    "QuerySelectLongWait": (
+        {"queryselect_queue_wait_seconds": "90x40"},
+        {"queryselect_queue_wait_seconds": "90x35 50x5"},
     ),
     "QuerySelectCallersLeave": (
         {
@@ -117,6 +129,57 @@ CASES = {
     ),
 }
 
+#: What one of two servers counts in a minute, where 30 are one in a second of both.
+SELECTIONS = {
+    'queryselect_requests_total,rpc="Select",code="OK"': "0+60x40",
+    'queryselect_requests_total,rpc="SelectStream",code="OK"': "0+30x40",
+    'queryselect_requests_total,rpc="Select",code="RESOURCE_EXHAUSTED"': "0+30x40",
+    'queryselect_requests_total,rpc="ListStrategies",code="OK"': "0+300x40",
+}
+#: Of four waits a second two take up to 1 s, one up to 10 s and one up to 100 s: 3.6 of them take 10 s and 0.6 of 90 s.
+WAITS = {
+    'queryselect_queue_duration_seconds_bucket,strategy="margin",le="1"': "0+60x40",
+    'queryselect_queue_duration_seconds_bucket,strategy="margin",le="10"': "0+60x40",
+    'queryselect_queue_duration_seconds_bucket,strategy="margin",le="100"': "0+90x40",
+    'queryselect_queue_duration_seconds_bucket,strategy="margin",le="+Inf"': "0+90x40",
+    'queryselect_queue_duration_seconds_bucket,strategy="bait",le="1"': "0+0x40",
+    'queryselect_queue_duration_seconds_bucket,strategy="bait",le="10"': "0+30x40",
+    'queryselect_queue_duration_seconds_bucket,strategy="bait",le="100"': "0+30x40",
+    'queryselect_queue_duration_seconds_bucket,strategy="bait",le="+Inf"': "0+30x40",
+}
+KERNELS = {
+    'queryselect_kernel_duration_seconds_sum,strategy="margin"': "0+15x40",
+    'queryselect_kernel_duration_seconds_sum,strategy="bait"': "0+30x40",
+}
+DEVICES = {'queryselect_device_ready,device="cuda:0"': "1x40", 'queryselect_device_ready,device="cuda:1"': "1x40"}
+#: What is recorded of which series of each of two servers.
+RECORDS = {
+    "job_code:queryselect_requests:rate5m": (SELECTIONS, {'code="OK"': 3, 'code="RESOURCE_EXHAUSTED"': 1}),
+    "job:queryselect_requests:rate5m": (SELECTIONS, {"": 4}),
+    "job_code:queryselect_requests:ratio_rate5m": (SELECTIONS, {'code="OK"': 0.75, 'code="RESOURCE_EXHAUSTED"': 0.25}),
+    "job_reason:queryselect_rejected:rate5m": (
+        {
+            'queryselect_rejected_total,reason="BUG"': "0x40",
+            'queryselect_rejected_total,reason="BUSY:queue"': "0+15x40",
+        },
+        {'reason="BUG"': 0, 'reason="BUSY:queue"': 0.5},
+    ),
+    "job_le:queryselect_queue_duration_seconds_bucket:rate5m": (
+        WAITS,
+        {'le="1"': 2, 'le="10"': 3, 'le="100"': 4, 'le="+Inf"': 4},
+    ),
+    "job:queryselect_queue_duration_seconds:quantile_rate5m": (
+        WAITS,
+        {'quantile="0.5"': 1, 'quantile="0.9"': 64, 'quantile="0.99"': 96.4},
+    ),
+    "job:queryselect_queue_wait_seconds:max": ({"queryselect_queue_wait_seconds": "7x40"}, {"": 7}),
+    "job_strategy:queryselect_kernel_duration_seconds_sum:rate5m": (
+        KERNELS,
+        {'strategy="margin"': 0.5, 'strategy="bait"': 1},
+    ),
+    "job:queryselect_device_busy:ratio_rate5m": (KERNELS | DEVICES, {"": 0.375}),
+}
+
 
 @pytest.fixture(scope="module")
 def promtool() -> str:
@@ -143,8 +206,10 @@ def test_the_metrics_are_as_they_should_be(promtool):
     assert says(promtool, "check", "metrics", data=text) == ""
 
 
-def test_the_alerts_are_rules(promtool):
-    assert f"{len(CASES)} rules found" in says(promtool, "check", "rules", ALERTS)
+@pytest.mark.parametrize("path", [ALERTS, RECORDED], ids=lambda path: path.name)
+def test_the_rules_are_rules(promtool, path):
+    (group,) = yaml.safe_load(path.read_text())["groups"]
+    assert f"{len(group['rules'])} rules found" in says(promtool, "check", "rules", path)
 
 
 def test_the_dashboard_asks_what_prometheus_understands(promtool, tmp_path):
@@ -158,22 +223,27 @@ def test_the_dashboard_asks_what_prometheus_understands(promtool, tmp_path):
     assert f"{len(asked)} rules found" in says(promtool, "check", "rules", tmp_path / "rules.yaml")
 
 
-def test_every_alert_has_a_case():
-    assert set(CASES) == set(re.findall(r"alert: (\w+)", ALERTS.read_text()))
+def rules(path: Path, kind: str) -> dict[str, dict]:
+    return {each[kind]: each for group in yaml.safe_load(path.read_text())["groups"] for each in group["rules"]}
+
+
+def series(values: dict[str, str], of: str = 'job="queryselect",instance="a:9090"') -> list[dict[str, str]]:
+    """promtool's own words: a value, and how often it comes again."""
+    every = []
+    for name, said in values.items():
+        metric, comma, labels = name.partition(",")
+        every.append({"series": f"{metric}{{{of}{comma}{labels}}}", "values": said})
+    return every
+
+
+def test_every_rule_has_a_case():
+    assert list(CASES) == list(rules(ALERTS, "alert"))
+    assert list(RECORDS) == list(rules(RECORDED, "record"))
 
 
 @pytest.mark.parametrize("alert", CASES)
 def test_an_alert_fires_when_it_should_and_else_does_not(promtool, tmp_path, alert):
-    (text,) = re.findall(rf"alert: {alert}\n.*?(?=\n      - alert|\Z)", ALERTS.read_text(), re.DOTALL)
-    (severity,) = re.findall(r"severity: (\w+)", text)
-
-    def series(values: dict[str, str]) -> list[dict[str, str]]:
-        """promtool's own words: a value, and how often it comes again."""
-        every = []
-        for name, said in values.items():
-            metric, _, labels = name.partition(",")
-            every.append({"series": metric + OF % (f",{labels}" if labels else ""), "values": said})
-        return every
+    severity = rules(ALERTS, "alert")[alert]["labels"]["severity"]
 
     def case(values: dict[str, str], *, fires: bool) -> dict:
         # Only whether it fires counts, and which; labels and words follow from the rule.
@@ -182,7 +252,25 @@ def test_an_alert_fires_when_it_should_and_else_does_not(promtool, tmp_path, ale
         return {"interval": "1m", "input_series": series(values), "promql_expr_test": told}
 
     firing, well = CASES[alert]
-    tests = {"rule_files": [str(ALERTS)], "evaluation_interval": "1m"}
-    tests["tests"] = [case(firing, fires=True), case(well, fires=False)]
-    (tmp_path / "tests.yaml").write_text(json.dumps(tests))
+    cases = [case(firing, fires=True), case(well, fires=False)]
+    (tmp_path / "tests.yaml").write_text(json.dumps({**RULES, "tests": cases}))
+    says(promtool, "test", "rules", tmp_path / "tests.yaml")
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_what_is_recorded_is_right(promtool, tmp_path, record):
+    values, expected = RECORDS[record]
+    servers = (
+        'job="queryselect",instance="a:9090"',
+        'job="queryselect",instance="b:9090"',
+        'job="x",instance="c:9090"',
+    )
+    told = [
+        {"labels": ",".join(('{job="queryselect"', *filter(None, [labels]))) + "}", "value": value}
+        for labels, value in expected.items()
+    ]
+    asked = {"expr": f'round({record}{{job="queryselect"}}, 1e-6)', "eval_time": "38m", "exp_samples": told}
+    given = [each for server in servers for each in series(values, server)]
+    case = {"interval": "1m", "input_series": given, "promql_expr_test": [asked]}
+    (tmp_path / "tests.yaml").write_text(json.dumps({**RULES, "tests": [case]}))
     says(promtool, "test", "rules", tmp_path / "tests.yaml")
