@@ -19,12 +19,14 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = (
     "README.md",
     "docs/choosing.md",
+    "docs/kubernetes.md",
     "docs/licences.md",
     "docs/operations.md",
     "docs/references.md",
     "docs/security.md",
     "benchmarks/reproductions/README.md",
     "examples/README.md",
+    "helm/queryselect/README.md",
 )
 strategies.load()
 NAMES = set(strategies.STRATEGIES)
