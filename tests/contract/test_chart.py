@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from functools import reduce
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -17,18 +15,16 @@ from jsonschema import Draft7Validator
 
 import queryselect
 from queryselect_service.settings import Settings
+from tests.chart.rendering import CHART, schema
 
-ROOT = Path(__file__).parent.parent.parent
-CHART = ROOT / "helm" / "queryselect"
 METADATA, VALUES = (yaml.safe_load((CHART / name).read_text()) for name in ("Chart.yaml", "values.yaml"))
-SCHEMA = Draft7Validator(json.loads((CHART / "values.schema.json").read_text()))
 #: Default by value, as the README has them.
 ROWS = dict(re.findall(r"^\| `([\w.]+)` \| (?:`(.+?)`)? \| .+ \|$", (CHART / "README.md").read_text(), re.MULTILINE))
 TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
 def wrong(values: dict[str, Any]) -> list[str]:
-    return [f"{each.json_path}: {each.message}" for each in SCHEMA.iter_errors(values)]
+    return [f"{each.json_path}: {each.message}" for each in schema().iter_errors(values)]
 
 
 def at(path: str) -> Any:
@@ -55,17 +51,17 @@ def test_the_schema_knows_every_setting_as_the_server_does():
     for each in dataclasses.fields(Settings):
         bounds = {"minimum": each.metadata["low"], "maximum": each.metadata["high"]}
         expected[each.name] = {"type": TYPES[kinds[each.name]]} | {k: v for k, v in bounds.items() if v is not None}
-    settings = SCHEMA.schema["properties"]["settings"]
+    settings = schema().schema["properties"]["settings"]
     assert settings["properties"] == expected
     assert settings["additionalProperties"] is False
     assert VALUES["settings"].keys() <= expected.keys()
 
 
 def test_the_schema_is_one_and_knows_every_value():
-    Draft7Validator.check_schema(SCHEMA.schema)
+    Draft7Validator.check_schema(schema().schema)
     assert wrong(VALUES) == []
-    assert set(SCHEMA.schema["properties"]) == {*VALUES, "global"}
-    for name, told in SCHEMA.schema["properties"].items():
+    assert set(schema().schema["properties"]) == {*VALUES, "global"}
+    for name, told in schema().schema["properties"].items():
         if "properties" in told and name != "settings":
             assert told["additionalProperties"] is False, name
             assert {*VALUES[name]} <= set(told["properties"]), name

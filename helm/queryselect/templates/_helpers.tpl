@@ -23,8 +23,8 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* Name, namespace and labels. Its argument: the root and a suffix of the name. */}}
 {{- define "queryselect.metadata" -}}
 {{- $root := first . -}}
-name: {{ include "queryselect.fullname" $root }}{{ last . }}
-namespace: {{ $root.Release.Namespace }}
+name: {{ printf "%s%s" (include "queryselect.fullname" $root) (last .) | quote }}
+namespace: {{ $root.Release.Namespace | quote }}
 labels:
   {{- include "queryselect.labels" $root | nindent 2 }}
 {{- end }}
