@@ -21,6 +21,7 @@ PAGES = (
     *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")),
     "benchmarks/reproductions/README.md",
     "examples/README.md",
+    "helm/queryselect/README.md",
 )
 strategies.load()
 NAMES = set(strategies.STRATEGIES)
