@@ -67,12 +67,12 @@ def run(*command: object, **options) -> str:
 
 
 class Storage:
-    """Containers and images in a folder of their own. told: options by which a build's pip is told what ours is."""
+    """Containers and images in a folder of their own. as_here: options that set up a build's pip as ours is."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.told = folder, list[str]()
-        told = {"driver": "vfs", "graphroot": str(folder / "graph"), "runroot": str(folder / "run")}
-        lines = ["[storage]", *(f"{key} = {json.dumps(value)}" for key, value in told.items())]
+        self.folder, self.as_here = folder, list[str]()
+        settings = {"driver": "vfs", "graphroot": str(folder / "graph"), "runroot": str(folder / "run")}
+        lines = ["[storage]", *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]
         (folder / "storage.conf").write_text("\n".join(lines))
         self.variables = {
             **os.environ,
@@ -130,8 +130,8 @@ def storage() -> Iterator[Storage]:
     try:
         storage = Storage(folder)
         base(storage)
-        storage.told = list(as_pip_is_set_up(folder))
-        options = ["--build-arg", f"BASE_IMAGE={BASE}", *storage.told]
+        storage.as_here = list(as_pip_is_set_up(folder))
+        options = ["--build-arg", f"BASE_IMAGE={BASE}", *storage.as_here]
         if torch.__version__.endswith("+cpu"):  # this machine's pip has found it
             options += ["--build-arg", "TORCH_INDEX="]
         run("make", "-C", ROOT, "image", f"ARGS={shlex.join(options)}",
@@ -161,7 +161,6 @@ class Container:
         command = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "sh", "-euc", ENTER, "sh"]
         command += [str(root), str(hosts), *self._as_user(*told["Entrypoint"], *told["Cmd"])]
         self._outer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
-        wait_for(lambda: self._children)
 
     def _as_user(self, *command: str) -> list[str]:
         user, group = self._told["User"].split(":")
@@ -178,6 +177,7 @@ class Container:
     @property
     def pid(self) -> int:
         """The first process's, seen from outside."""
+        wait_for(lambda: self._children)
         return int(self._children)
 
     @property
@@ -235,8 +235,8 @@ def test_it_serves_as_nobody_on_a_root_that_cannot_be_written_and_ends_when_told
         status = Path(f"/proc/{container.pid}/status").read_text()
         assert re.findall(r"^[UG]id:\s+(.*)", status, re.MULTILINE) == ["\t".join(["65532"] * 4)] * 2
         assert re.findall(r"^Cap(?:Prm|Eff|Bnd):\s+(\w+)", status, re.MULTILINE) == ["0" * 16] * 3
-        for path, wrong in (("/opt/queryselect/x", "Read-only file system"), ("/var/tmp/x", "Read-only file system")):
-            assert wrong in container.beside("touch", path).stderr
+        for path in ("/opt/queryselect/x", "/var/tmp/x"):
+            assert "Read-only file system" in container.beside("touch", path).stderr
         assert container.beside("ls", "-A", "/tmp").stdout == ""
         for module in ("ensurepip", "pip"):
             assert f"No module named '{module}'" in container.beside("python3", "-c", f"import {module}").stderr
@@ -269,7 +269,7 @@ def test_it_is_its_base_and_the_server_and_nothing_else(storage, root):
     before, now = entries(storage.mount(BASE)), entries(root)
     ours = ("opt/queryselect", "usr/share/doc/queryselect")
     new = {name for name in set(now) - set(before) if not name.startswith(ours)}
-    assert {name for name in new if f"/{name}:/{name}:ro" not in storage.told} == set()  # those are empty by now
+    assert {name for name in new if f"/{name}:/{name}:ro" not in storage.as_here} == set()  # left empty
     assert not any(stat.S_ISREG(now[name].st_mode) for name in new)
     gone = {name for name in set(before) - set(now) if not re.search(r"/(ensurepip|python-wheels)(/|$)", name)}
     assert gone == set()
