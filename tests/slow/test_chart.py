@@ -40,6 +40,9 @@ FOREIGN = {
     "keda.sh/v1alpha1": {"ScaledObject"},
 }
 SERVING = health_pb2.HealthCheckResponse.SERVING
+README, KUBERNETES, VALUES = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/kubernetes.md", "helm/queryselect/README.md")
+)
 EVERY = pytest.mark.parametrize("case", CASES)
 #: With this Python first.
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -53,6 +56,10 @@ def releases() -> dict[str, Rendered]:
 @pytest.fixture
 def release(releases, case) -> Rendered:
     return releases[case]
+
+
+def blocks(kind: str, *pages: str) -> list[str]:
+    return [each for page in pages for each in re.findall(rf"```{kind}\n(.+?)```", page, re.DOTALL)]
 
 
 def labels(document) -> dict[str, str]:
@@ -554,31 +561,24 @@ def test_the_lines_that_helm_install_prints_make_a_selection(release, secrets, t
 
 
 def test_the_ten_lines_of_the_readme_run_against_a_pod(releases, tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.+?)```", readme, re.DOTALL)
+    (code,) = blocks("python", README)
     with Node(tmp_path, releases["defaults"], {}).serve(releases["defaults"].pod) as serving:
         code = code.replace('Client("local:")', f'Client("localhost:{serving.port}")')
         assert f"localhost:{serving.port}" in code
         assert shell('python -c "$CODE"', tmp_path, CODE=code, PATH=PATH).count("label row") == 5
 
 
-PAGES = {name: (ROOT / name).read_text() for name in ("docs/kubernetes.md", "helm/queryselect/README.md")}
-KUBERNETES = PAGES["docs/kubernetes.md"]
-
-
-def blocks(kind: str) -> list[str]:
-    return [each for page in PAGES.values() for each in re.findall(rf"```{kind}\n(.+?)```", page, re.DOTALL)]
-
-
-@pytest.mark.parametrize("values", [each for each in blocks("yaml") if "apiVersion" not in each])
+@pytest.mark.parametrize("values", [each for each in blocks("yaml", KUBERNETES, VALUES) if "apiVersion" not in each])
 def test_values_on_the_pages_are_values(values):
     assert render_with(yaml.safe_load(values)).documents
 
 
 def test_commands_of_helm_on_the_pages_have_files_and_values_that_are_there(tmp_path):
-    commands = [line.split()[1:] for block in blocks("sh") for line in block.splitlines() if line.startswith("helm ")]
+    pages = (README, KUBERNETES, VALUES)
+    lines = [line for block in blocks("sh", *pages) for line in block.splitlines()]
+    commands = [line.split()[1:] for line in lines if line.startswith("helm ")]
     installs = [each for each in commands if each[0] == "install"]
-    assert len(installs) >= 3
+    assert len(installs) >= 4
     for _, name, chart, *options in installs:
         assert (ROOT / chart / "Chart.yaml").exists()
         given = {flag: value for flag, value in pairwise(options) if flag.startswith("-")}
@@ -588,12 +588,12 @@ def test_commands_of_helm_on_the_pages_have_files_and_values_that_are_there(tmp_
         files = [ROOT / given["-f"]] if "-f" in given else []
         release = render(*files, tmp_path / "set.yaml", name=name, namespace=given.get("--namespace", "default"))
         assert release.container["image"].startswith(f"{value}:")
-        assert f"deployment/{release.deployment['metadata']['name']}\n" in "".join(PAGES.values())
+        assert f"deployment/{release.deployment['metadata']['name']}\n" in "".join(pages)
     assert {each[0] for each in commands} == {"install", "test"}
 
 
 def test_the_certificate_on_the_page_names_what_is_called(releases):
-    (certificate,) = (yaml.safe_load(each) for each in blocks("yaml") if "apiVersion" in each)
+    (certificate,) = (yaml.safe_load(each) for each in blocks("yaml", KUBERNETES) if "apiVersion" in each)
     assert (certificate["apiVersion"], certificate["kind"]) == ("cert-manager.io/v1", "Certificate")
     release = render(*CASES["secure"], namespace=certificate["metadata"]["namespace"])
     texts = (*re.findall(r"`.+?`", KUBERNETES), release.notes, target(release))
@@ -609,7 +609,10 @@ def test_secrets_that_are_made_as_the_page_says_let_a_server_start(releases, sec
     (tmp_path / "queryselect").write_text(f'#!/bin/sh\nexec {sys.executable} {shlex.join(ENTRYPOINT)} "$@"\n')
     (tmp_path / "queryselect").chmod(0o700)
     commands = [
-        line for block in blocks("sh") for line in block.splitlines() if re.match("queryselect|kubectl.+create", line)
+        line
+        for block in blocks("sh", KUBERNETES)
+        for line in block.splitlines()
+        if re.match("queryselect|kubectl.+create", line)
     ]
     assert len(commands) == 4
     made = {}
@@ -620,7 +623,7 @@ def test_secrets_that_are_made_as_the_page_says_let_a_server_start(releases, sec
             document = yaml.safe_load(printed)
             kubernetes_validate.validate(document, kubernetes_validate.latest_version())
             made[document["metadata"]["name"]] = {k: base64.b64decode(v) for k, v in document["data"].items()}
-    (values,) = (each for each in map(yaml.safe_load, blocks("yaml")) if "test" in each)
+    (values,) = (each for each in map(yaml.safe_load, blocks("yaml", KUBERNETES)) if "test" in each)
     release = render_with(values)
     node = Node(tmp_path / "node", release, made)
     assert set(made) == {"selection-tokens", "selection-tls", "selection-test"}
