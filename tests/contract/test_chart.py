@@ -15,7 +15,7 @@ from jsonschema import Draft7Validator
 
 import queryselect
 from queryselect_service.settings import Settings
-from tests.chart.rendering import CHART, schema
+from tests.chart.rendering import CHART, ROOT, schema
 
 METADATA, VALUES = (yaml.safe_load((CHART / name).read_text()) for name in ("Chart.yaml", "values.yaml"))
 #: Default by value, as the README has them.
@@ -100,6 +100,12 @@ def test_the_readme_tells_every_value_its_default_and_nothing_else():
         assert (yaml.safe_load(default) if default else "") == at(path), path
     for leaf in leaves(VALUES):
         assert len([path for path in ROWS if f"{leaf}.".startswith(f"{path}.")]) == 1, leaf
+
+
+def test_the_image_is_what_the_chart_takes_it_for():
+    user = "{runAsUser}:{runAsGroup}".format(**VALUES["podSecurityContext"])
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    assert {'ENTRYPOINT ["queryselect"]', f"USER {user}"} <= set(lines)
 
 
 def test_what_helm_test_runs_is_left_as_it_is_by_kubernetes():

@@ -85,8 +85,9 @@ def target(release: Rendered) -> str:
 
 
 def told(release: Rendered) -> settings.Settings:
-    """The settings that the server finds in its container."""
-    variables = {each["name"]: each["value"] for each in release.container["env"] if "value" in each}
+    """The settings that the server finds in its container, where those of the image are too."""
+    image = dict(re.findall(r"\b(QUERYSELECT_\w+)=(\S+)", (ROOT / "Dockerfile").read_text()))
+    variables = image | {each["name"]: each["value"] for each in release.container["env"] if "value" in each}
     assert variables["QUERYSELECT_CONFIG"] == "/etc/queryselect/settings/settings.toml"
     with NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(release.one("ConfigMap")["data"]["settings.toml"])
