@@ -1,6 +1,7 @@
-"""Versions apart: clients of the released proto call this server, and this client calls a server of the released proto.
+"""Versions apart: clients of 0.1.0, the first release, call this server, and this client calls a server of 0.1.0.
 
-The released proto is proto/released.binpb; its messages are made of it as generated code would make them.
+Its messages are made of its proto, tests/data/proto-0.1.0.binpb, as generated code would make them. Releases after it
+are held to it by `buf breaking`, one by one.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from queryselect.v1 import selection_pb2, server_pb2, strategy_pb2, tensor_pb2
 from tests import plugins  # noqa: F401  # registers them
 from tests.service.test_errors import detail
 
-IMAGE = Path(__file__).parent.parent.parent / "proto" / "released.binpb"
+IMAGE = Path(__file__).parent.parent / "data" / "proto-0.1.0.binpb"
 RELEASED = descriptor_pool.DescriptorPool()
 for file in FileDescriptorSet.FromString(IMAGE.read_bytes()).file:
     RELEASED.Add(file)
 
 
 def old(name: str) -> type[Message]:
-    """A message of the released proto, by its name in queryselect.v1."""
+    """A message of 0.1.0, by its name in queryselect.v1."""
     return message_factory.GetMessageClass(RELEASED.FindMessageTypeByName(f"queryselect.v1.{name}"))
 
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(200, 5)).astype(np.float32)
 P = RNG.dirichlet(np.ones(4), 200).astype(np.float32)
-#: Of every strategy of the released proto: inputs and parameters.
+#: Of every strategy of 0.1.0: inputs and parameters.
 STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "random": ({"num_rows": 200}, {}),
     "least_confidence": ({"probabilities": P}, {"label_aggregation": "LABEL_AGGREGATION_MEAN"}),
@@ -56,7 +57,7 @@ def tensor(array: np.ndarray) -> dict[str, Any]:
 
 
 def request(name: str, **more: Any) -> Message:
-    """A request of the released proto for a strategy."""
+    """A request of 0.1.0 for a strategy."""
     inputs, parameters = STRATEGIES[name]
     pool = {key: tensor(value) if isinstance(value, np.ndarray) else value for key, value in inputs.items()}
     pool |= {"labeled": tensor(np.array([3, 8, 120]))}
@@ -64,7 +65,7 @@ def request(name: str, **more: Any) -> Message:
 
 
 def unary(channel: grpc.Channel, rpc: str, message: Message, answer: str) -> Message:
-    """What the server answers a client of the released proto."""
+    """What the server answers a client of 0.1.0."""
     method = channel.unary_unary(f"/queryselect.v1.{rpc}", type(message).SerializeToString, old(answer).FromString)
     return method(message, timeout=60)
 
@@ -80,7 +81,7 @@ def strange(message: Message) -> bool:
 # An old client and this server
 
 
-def test_the_strategies_of_the_release_are_all_tried():
+def test_the_strategies_of_that_release_are_all_tried():
     assert list(STRATEGIES) == [each.name for each in old("Strategy").DESCRIPTOR.oneofs_by_name["kind"].fields]
 
 
@@ -98,7 +99,7 @@ def test_an_old_client_gets_the_picks_of_a_new_one(channel, remote, name):
 
 
 def test_an_old_client_streams(channel):
-    """The messages of a stream were released before a server served them."""
+    """0.1.0 had the messages of a stream, before a server served them."""
     whole, start = request("margin"), request("margin")
     start.pool.probabilities.streamed.SetInParent()
     data, path = whole.pool.probabilities.data, "pool.probabilities"
@@ -144,17 +145,17 @@ def test_an_old_client_reads_descriptions_and_keeps_what_it_does_not_know(channe
     assert not strange(passed_on)
     if question == "ListStrategies":
         assert {each.name for each in answer.strategies} >= set(STRATEGIES) - {"custom"}
-        assert {each.name for each in passed_on.strategies if each.items} >= {"margin"}  # newer than the release
+        assert {each.name for each in passed_on.strategies if each.items} >= {"margin"}  # newer than 0.1.0
     else:
         assert answer.limits.rows > 0
-        assert passed_on.limits.upload_grace.seconds > 0  # newer than the release
+        assert passed_on.limits.upload_grace.seconds > 0  # newer than 0.1.0
 
 
 # This client and an old server
 
 
 class OldServer:
-    """Answers as a server of the release does, in its words for what it does not know; and has no SelectStream."""
+    """Answers as a server of 0.1.0 does, in its words for what it does not know; and has no SelectStream."""
 
     def __init__(self) -> None:
         self.requests: list[Message] = []
@@ -267,7 +268,7 @@ def test_descriptions_of_an_old_server_are_read(client):
     assert not info.limits.HasField("upload_grace")
 
 
-#: Fields of requests that are newer than the release, and why nothing is lost where a server does not see them.
+#: Fields of requests that are newer than 0.1.0, and why nothing is lost where a server does not see them.
 HARMLESS = {"Pool.num_items": "only with item_rows, which a server that does not know items refuses"}
 
 

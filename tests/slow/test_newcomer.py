@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,9 +79,8 @@ def interpreter(version: str) -> str:
 
 #: The oldest versions that pyproject.toml allows.
 FLOORS = [
-    "grpcio==1.71.2", "grpcio-status==1.71.2", "grpcio-health-checking==1.71.2", "protobuf==5.29.0",
-    "googleapis-common-protos==1.66.0", "numpy==1.26.0", "tqdm==4.66.0",
-]  # fmt: skip
+    each.replace(">=", "==") for each in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+]
 
 
 @pytest.mark.parametrize(("version", "floors"), [("3.11", True), ("3.11", False), ("3.12", False), ("3.13", False)])
@@ -102,10 +102,19 @@ assert importlib.util.find_spec("pandas") is None
 with queryselect.Client("{target}") as client:
     print(client.select(queryselect.KCenterGreedy(), 2, embeddings=numpy.eye(3), labeled=[1]).indices)
     print(client.select("margin", 1, logits=numpy.eye(3), params={{"top_k": 2}}).strategy)
+    far = numpy.zeros((200_000, 6), numpy.float32)  # more than goes in one message
+    far[123_456] = 1
+    print(client.select("k_center_greedy", 1, embeddings=far, labeled=[0]).indices)
+    try:
+        client.select("margin", 4, logits=numpy.eye(3))
+    except queryselect.InvalidInput as error:
+        print(error.code, error.field)
 """
     printed = run(str(own / "python"), "-W", "error", "-c", code, cwd=tmp_path)
     assert "[0 2]" in printed
     assert "top_k: 2" in printed
+    assert "[123456]" in printed
+    assert "INVALID_ARGUMENT stop.max_items" in printed
     health = subprocess.run([own / "queryselect", "health", "127.0.0.1:1"], capture_output=True, check=False, env=CLEAN)
     assert health.returncode == 2
     serve = subprocess.run([own / "queryselect", "serve"], capture_output=True, text=True, check=False, env=CLEAN)
