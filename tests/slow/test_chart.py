@@ -275,6 +275,21 @@ def test_as_many_threads_as_a_limit_of_cpu_has_cores(releases):
     assert "cpu" not in releases["defaults"].container["resources"]["limits"]
 
 
+@pytest.mark.parametrize(
+    ("account", "made", "used"),
+    [
+        ({}, ["queryselect"], "queryselect"),
+        ({"name": "reader"}, ["reader"], "reader"),
+        ({"create": False}, [], "default"),
+        ({"create": False, "name": "reader"}, [], "reader"),
+    ],
+)  # fmt: skip
+def test_pods_have_the_service_account_that_is_made_or_named(account, made, used):
+    release = render_with({"serviceAccount": account})
+    assert [each["metadata"]["name"] for each in release.all("ServiceAccount")] == made
+    assert [release.pod["serviceAccountName"], release.all("Pod")[0]["spec"]["serviceAccountName"]] == [used] * 2
+
+
 def test_what_is_spread_without_a_selector_is_the_releases_pods(releases):
     ours, given = releases["everything"].pod["topologySpreadConstraints"]
     assert ours["labelSelector"] == releases["everything"].deployment["spec"]["selector"]
