@@ -290,6 +290,12 @@ def test_pods_have_the_service_account_that_is_made_or_named(account, made, used
     assert [release.pod["serviceAccountName"], release.all("Pod")[0]["spec"]["serviceAccountName"]] == [used] * 2
 
 
+def test_pods_that_are_all_made_anew_are_not_updated_in_turn_too():
+    """Kubernetes takes rollingUpdate, which the chart has by default, with no other type."""
+    release = render_with({"strategy": {"type": "Recreate"}})
+    assert release.deployment["spec"]["strategy"] == {"type": "Recreate"}
+
+
 def test_what_is_spread_without_a_selector_is_the_releases_pods(releases):
     ours, given = releases["everything"].pod["topologySpreadConstraints"]
     assert ours["labelSelector"] == releases["everything"].deployment["spec"]["selector"]
