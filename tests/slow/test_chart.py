@@ -321,6 +321,15 @@ def test_one_thing_at_most_scales_and_then_the_deployment_says_no_number(release
         assert bool(release.all("PodDisruptionBudget")) == (case in ("hpa", "keda", "everything"))
 
 
+@pytest.mark.parametrize(
+    ("replicas", "told", "budgets"), [(None, {}, 1), (0, {"replicas": 0}, 0), (2, {"replicas": 2}, 1)]
+)
+def test_without_a_number_of_pods_it_is_left_to_whoever_else_scales(replicas, told, budgets):
+    release = render_with({"replicas": replicas})
+    assert {key: value for key, value in release.deployment["spec"].items() if key == "replicas"} == told
+    assert len(release.all("PodDisruptionBudget")) == budgets
+
+
 @pytest.fixture(scope="module")
 def scaled():
     """What KEDA is told by default."""

@@ -29,6 +29,13 @@ labels:
   {{- include "queryselect.labels" $root | nindent 2 }}
 {{- end }}
 
+{{/* How many pods there are; empty where something else than the Deployment says so. */}}
+{{- define "queryselect.replicas" -}}
+{{- if and (eq .Values.autoscaling.by "none") (not (kindIs "invalid" .Values.replicas)) -}}
+{{ int .Values.replicas }}
+{{- end }}
+{{- end }}
+
 {{- define "queryselect.image" -}}
 {{- with .Values.image -}}
 {{ .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ .suffix }}{{ end }}
