@@ -1,7 +1,8 @@
-{{/* The name of all that there is one of. With the longest suffix, -dashboard, it has at most 63 characters. */}}
+{{/* The name of all that there is one of. With more characters, pods would have other names than NAME-HASH-RANDOM, by
+     which KEDA's query finds them. */}}
 {{- define "queryselect.fullname" -}}
 {{- $made := contains .Chart.Name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name) -}}
-{{- .Values.fullnameOverride | default $made | trunc 53 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | default $made | trunc 46 | trimSuffix "-" -}}
 {{- end }}
 
 {{- define "queryselect.selectorLabels" -}}
@@ -71,6 +72,10 @@ labels:
 
 {{/* What can't work is refused before anything is installed. */}}
 {{- define "queryselect.check" -}}
+{{- $name := include "queryselect.fullname" . }}
+{{- if not (regexMatch "^[a-z]([a-z0-9-]*[a-z0-9])?$" $name) }}
+{{- fail (printf "no Service can be called %s: set fullnameOverride to small letters, digits and hyphens, of which the first is a letter" $name) }}
+{{- end }}
 {{- $ports := "the pod's ports are fixed; service.port is the Service's" }}
 {{- $tls := "set tls.existingSecret and tls.clientCASecret" }}
 {{- $made := dict "port" $ports "metrics_port" $ports "health_port" $ports "tls_cert" $tls "tls_key" $tls }}
