@@ -304,6 +304,15 @@ def test_what_is_spread_without_a_selector_is_the_releases_pods(releases):
     assert given["labelSelector"] == {"matchLabels": {"team": "studio"}}
 
 
+def test_variables_of_yours_take_the_place_of_the_charts():
+    """Named twice, server-side apply refuses them."""
+    yours = [{"name": "GRPC_VERBOSITY", "value": "DEBUG"}, {"name": "OMP_NUM_THREADS", "value": "2"}]
+    release = render_with({"extraEnv": yours, "resources": {"limits": {"cpu": "4"}}})
+    names = [each["name"] for each in release.container["env"]]
+    assert len(names) == len(set(names))
+    assert [each for each in release.container["env"] if each in yours] == yours
+
+
 def test_labels_that_select_stay_as_they_are(releases):
     found = releases["everything"].deployment["spec"]["template"]["metadata"]["labels"]
     assert (found["app.kubernetes.io/name"], found["team"]) == ("queryselect", "studio")
