@@ -90,6 +90,11 @@ labels:
 {{- fail (printf "extraEnv has %s: use settings.%s" .name (.name | trimPrefix "QUERYSELECT_" | lower)) }}
 {{- end }}
 {{- end }}
+{{- range $name, $_ := merge dict (.Values.resources.limits | default dict) (.Values.resources.requests | default dict) }}
+{{- if or (eq $name $.Values.gpu.resource) (hasPrefix "nvidia.com/" $name) }}
+{{- fail (printf "resources has %s: set gpu.count and gpu.resource, by which the server knows its device" $name) }}
+{{- end }}
+{{- end }}
 {{- if and .Values.tls.clientCASecret (not .Values.tls.existingSecret) }}
 {{- fail "tls.clientCASecret needs tls.existingSecret: clients show certificates within TLS" }}
 {{- end }}
