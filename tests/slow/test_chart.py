@@ -29,7 +29,7 @@ from queryselect import Client, Unauthenticated
 from queryselect_service import settings
 from tests.chart.kubelet import ENTRYPOINT, Node, probe, project, run
 from tests.chart.rendering import CASES, CHART, ROOT, Refused, Rendered, render, render_with
-from tests.contract.test_chart import ROWS, leaves
+from tests.contract.test_chart import ROWS, VALUES, leaves
 from tests.slow import tools
 from tests.waiting import until
 
@@ -40,7 +40,7 @@ FOREIGN = {
     "keda.sh/v1alpha1": {"ScaledObject"},
 }
 SERVING = health_pb2.HealthCheckResponse.SERVING
-README, KUBERNETES, VALUES = (
+README, KUBERNETES, CHARTS = (
     (ROOT / name).read_text() for name in ("README.md", "docs/kubernetes.md", "helm/queryselect/README.md")
 )
 EVERY = pytest.mark.parametrize("case", CASES)
@@ -304,6 +304,11 @@ def test_what_is_spread_without_a_selector_is_the_releases_pods(releases):
     assert given["labelSelector"] == {"matchLabels": {"team": "studio"}}
 
 
+@pytest.mark.parametrize("name", [name for name, told in VALUES.items() if told in ([], {}, "")])
+def test_what_is_empty_may_also_be_null(name):
+    assert render_with({name: None}).documents == render_with({}).documents
+
+
 def test_variables_of_yours_take_the_place_of_the_charts():
     """Named twice, server-side apply refuses them."""
     yours = [{"name": "GRPC_VERBOSITY", "value": "DEBUG"}, {"name": "OMP_NUM_THREADS", "value": "2"}]
@@ -466,6 +471,7 @@ def test_only_those_who_are_chosen_reach_a_pod(releases):
         ({"resources": {"limits": {"nvidia.com/gpu": 1}}}, "resources has nvidia.com/gpu: set gpu.count and"),
         ({"resources": {"limits": {"nvidia.com/mig-1g.5gb": 1}}}, "resources has nvidia.com/mig-1g.5gb: set gpu.count"),
         ({"resources": {"claims": [{"name": "gpu"}]}}, "$.resources: Additional properties are not allowed ('claims'"),
+        ({"autoscaling": {"by": "hpa", "minReplicas": 5}}, "autoscaling.minReplicas is 5, and autoscaling.max"),
         ({"replicas": "two"}, "$.replicas: 'two' is not of type 'integer'"),
         ({"podAnotations": {}}, "$: Additional properties are not allowed ('podAnotations' was unexpected)"),
     ],
@@ -616,13 +622,13 @@ def test_the_ten_lines_of_the_readme_run_against_a_pod(releases, tmp_path):
         assert shell('python -c "$CODE"', tmp_path, CODE=code, PATH=PATH).count("label row") == 5
 
 
-@pytest.mark.parametrize("values", [each for each in blocks("yaml", KUBERNETES, VALUES) if "apiVersion" not in each])
+@pytest.mark.parametrize("values", [each for each in blocks("yaml", KUBERNETES, CHARTS) if "apiVersion" not in each])
 def test_values_on_the_pages_are_values(values):
     assert render_with(yaml.safe_load(values)).documents
 
 
 def test_commands_of_helm_on_the_pages_have_files_and_values_that_are_there(tmp_path):
-    pages = (README, KUBERNETES, VALUES)
+    pages = (README, KUBERNETES, CHARTS)
     lines = [line for block in blocks("sh", *pages) for line in block.splitlines()]
     commands = [line.split()[1:] for line in lines if line.startswith("helm ")]
     installs = [each for each in commands if each[0] == "install"]

@@ -95,6 +95,11 @@ labels:
 {{- fail (printf "resources has %s: set gpu.count and gpu.resource, by which the server knows its device" $name) }}
 {{- end }}
 {{- end }}
+{{- with .Values.autoscaling }}
+{{- if gt (int .minReplicas) (int .maxReplicas) }}
+{{- fail (printf "autoscaling.minReplicas is %d, and autoscaling.maxReplicas %d" (int .minReplicas) (int .maxReplicas)) }}
+{{- end }}
+{{- end }}
 {{- if and .Values.tls.clientCASecret (not .Values.tls.existingSecret) }}
 {{- fail "tls.clientCASecret needs tls.existingSecret: clients show certificates within TLS" }}
 {{- end }}
