@@ -168,6 +168,23 @@ def test_ports_are_those_that_the_server_listens_on(release):
     assert env == f"{main['metadata']['name']}.default.svc:{main['spec']['ports'][0]['port']}"
 
 
+@pytest.mark.parametrize(
+    ("kind", "secret", "main", "headless"),
+    [
+        ("ClusterIP", "", "kubernetes.io/h2c", "kubernetes.io/h2c"),
+        ("ClusterIP", "x", "https", "https"),
+        ("LoadBalancer", "", "kubernetes.io/h2c", "kubernetes.io/h2c"),
+        ("LoadBalancer", "x", "tcp", "https"),
+    ],
+)
+def test_meshes_and_clouds_are_told_what_a_port_speaks(kind, secret, main, headless):
+    """By its name alone, a mesh would take TLS for plain HTTP/2. By "https", Azure's load balancer would ask for / ."""
+    release = render_with({"service": {"type": kind}, "tls": {"existingSecret": secret}})
+    for suffix, expected in (("", main), ("-headless", headless)):
+        (port,) = (each for each in release.one("Service", suffix)["spec"]["ports"] if each["name"] == "grpc")
+        assert port["appProtocol"] == expected
+
+
 @EVERY
 def test_the_server_is_told_the_settings_of_the_values(release):
     found, values = told(release), release.values

@@ -43,6 +43,11 @@ labels:
 {{- end }}
 {{- end }}
 
+{{/* For gateways and meshes, which must not take TLS for plain HTTP/2. */}}
+{{- define "queryselect.appProtocol" -}}
+{{ empty .Values.tls.existingSecret | ternary "kubernetes.io/h2c" "https" }}
+{{- end }}
+
 {{- define "queryselect.serviceAccountName" -}}
 {{- with .Values.serviceAccount -}}
 {{ .name | default (.create | ternary (include "queryselect.fullname" $) "default") }}
