@@ -135,7 +135,11 @@ def test_what_selects_pods_selects_the_servers_and_no_others(release):
     (test,) = release.all("Pod")
     selectors = [each["spec"]["selector"] for each in release.all("Service")]
     selectors += [each["spec"]["selector"]["matchLabels"] for each in release.all("PodDisruptionBudget")]
-    selectors += [each["spec"]["podSelector"]["matchLabels"] for each in release.all("NetworkPolicy")]
+    selectors += [
+        each["spec"]["podSelector"]["matchLabels"]
+        for each in release.all("NetworkPolicy")
+        if not each["metadata"]["name"].endswith("-test")
+    ]
     selectors.append(release.deployment["spec"]["selector"]["matchLabels"])
     for selector in selectors:
         assert selects(selector, server)
@@ -450,18 +454,43 @@ def test_the_dashboard_is_the_file(releases):
     assert json.loads(found["data"]["queryselect.json"]) == json.loads((CHART / "files" / "dashboard.json").read_text())
 
 
+def test_helm_test_runs_where_the_servers_do_and_keeps_to_quotas(releases):
+    """Other nodes may have another architecture, or take no pods. Some quotas refuse what has no limits."""
+    release = releases["everything"]
+    (test,) = release.all("Pod")
+    for key in ("nodeSelector", "tolerations"):
+        assert test["spec"][key] == release.pod[key]
+    assert test["spec"]["affinity"] == {"nodeAffinity": release.pod["affinity"]["nodeAffinity"]}
+    resources = test["spec"]["containers"][0]["resources"]
+    assert set(resources["limits"]) == set(resources["requests"]) == {"cpu", "memory"}
+
+
+def test_helm_test_calls_where_the_network_lets_nobody_call(releases):
+    """In a namespace that is closed by default it has no way out but this one."""
+    release = releases["everything"]
+    (policy,) = (each for each in release.all("NetworkPolicy") if each["metadata"]["name"] == "selection-test")
+    (test,) = release.all("Pod")
+    assert selects(policy["spec"]["podSelector"]["matchLabels"], labels(test))
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    dns, server = policy["spec"]["egress"]
+    assert dns == release.one("NetworkPolicy")["spec"]["egress"][0]
+    assert server["to"] == [{"podSelector": release.deployment["spec"]["selector"]}]
+    (port,) = (each["containerPort"] for each in release.container["ports"] if each["name"] == "grpc")
+    assert server["ports"] == [{"port": port}]
+
+
 def test_only_those_who_are_chosen_reach_a_pod(releases):
     release, least = releases["everything"], releases["minimal"]
     (test,) = release.all("Pod")
-    calls, scrapes = release.all("NetworkPolicy")[0]["spec"]["ingress"]
+    calls, scrapes = release.one("NetworkPolicy")["spec"]["ingress"]
     own, team = calls["from"]
     assert selects(own["podSelector"]["matchLabels"], labels(test)), "helm test may call"
     assert team == {"namespaceSelector": {"matchLabels": {"team": "studio"}}}
     assert (calls["ports"], scrapes["ports"]) == ([{"port": "grpc"}], [{"port": "metrics"}])
-    dns, collector = release.all("NetworkPolicy")[0]["spec"]["egress"]
+    dns, collector = release.one("NetworkPolicy")["spec"]["egress"]
     assert {(each["port"], each["protocol"]) for each in dns["ports"]} == {(53, "UDP"), (53, "TCP")}
     assert collector["ports"] == [{"port": 4318}]
-    (policy,) = least.all("NetworkPolicy")
+    policy = least.one("NetworkPolicy")
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert [len(rule["from"]) for rule in policy["spec"]["ingress"]] == [1], "an empty list would be everybody"
 
