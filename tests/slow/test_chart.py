@@ -648,6 +648,13 @@ def test_what_a_pod_does_before_it_ends_can_be_run(releases):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_helm_install_says_which_image_is_pulled_and_where_none_is_there_yet(releases):
+    for release in releases.values():
+        assert f"by the image {release.container['image']}." in release.notes
+    assert "No image is published there yet" in releases["defaults"].notes
+    assert "make image" not in releases["everything"].notes
+
+
 @pytest.mark.parametrize("case", ["defaults", "proxy", "secure"])
 def test_the_lines_that_helm_install_prints_make_a_selection(release, secrets, tmp_path):
     code = textwrap.dedent(release.notes.split("# and in Python\n")[1].partition("\n\n")[0])
