@@ -697,6 +697,13 @@ def test_commands_of_helm_on_the_pages_have_files_and_values_that_are_there(tmp_
         assert release.container["image"].startswith(f"{value}:")
         assert f"deployment/{release.deployment['metadata']['name']}\n" in "".join(pages)
     assert {each[0] for each in commands} == {"install", "test"}
+    built = re.findall(
+        r"^make image (TARGET=cuda )?IMAGE=registry\.example\.org/queryselect:(\S+)", "\n".join(lines), re.MULTILINE
+    )
+    pushed = re.findall(r"^docker push registry\.example\.org/queryselect:(\S+)", "\n".join(lines), re.MULTILINE)
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    assert {tag for _, tag in built} >= {*pushed} == {version, f"{version}-cuda"}
+    assert all(tag == f"{version}{'-cuda' if cuda else ''}" for cuda, tag in built)
 
 
 def test_the_certificate_on_the_page_names_what_is_called(releases):
