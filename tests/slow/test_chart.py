@@ -138,7 +138,7 @@ def test_what_selects_pods_selects_the_servers_and_no_others(release):
     selectors += [
         each["spec"]["podSelector"]["matchLabels"]
         for each in release.all("NetworkPolicy")
-        if not each["metadata"]["name"].endswith("-test")
+        if not each["metadata"]["name"].endswith("-helm-test")
     ]
     selectors.append(release.deployment["spec"]["selector"]["matchLabels"])
     for selector in selectors:
@@ -269,6 +269,19 @@ def test_names_are_short_enough_and_do_not_meet(name):
     assert release.one("Service", "-headless")
     # Kubernetes cuts a pod's name after 58 characters, before its own five; KEDA's query counts hyphens.
     assert len(release.deployment["metadata"]["name"] + "-0123456789-") <= 58
+
+
+def test_a_release_called_test_stands_beside_one_that_is_not():
+    values = {
+        "networkPolicy": {"enabled": True},
+        "serviceMonitor": {"enabled": True},
+        "grafanaDashboard": {"enabled": True},
+    }
+    one, other = (
+        {(each["kind"], each["metadata"]["name"]) for each in render_with(values, name=name).documents}
+        for name in ("queryselect", "queryselect-test")
+    )
+    assert not one & other
 
 
 @pytest.mark.parametrize(("count", "limits"), [(0, {}), (1, {"nvidia.com/gpu": 1}), (4, {"nvidia.com/gpu": 4})])
@@ -468,7 +481,7 @@ def test_helm_test_runs_where_the_servers_do_and_keeps_to_quotas(releases):
 def test_helm_test_calls_where_the_network_lets_nobody_call(releases):
     """In a namespace that is closed by default it has no way out but this one."""
     release = releases["everything"]
-    (policy,) = (each for each in release.all("NetworkPolicy") if each["metadata"]["name"] == "selection-test")
+    policy = release.one("NetworkPolicy", "-helm-test")
     (test,) = release.all("Pod")
     assert selects(policy["spec"]["podSelector"]["matchLabels"], labels(test))
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
