@@ -79,9 +79,11 @@ LABEL org.opencontainers.image.title="QuerySelect" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"
 
-# What NVIDIA's container toolkit is told to put in: the driver's libraries, which are the node's.
+# What NVIDIA's container toolkit is told to put in: the driver's libraries, which are the node's. Where there is another
+# way than the toolkit, as on GKE, they are only mounted, in the folders that NVIDIA's own images look into.
 FROM runtime AS cuda
-ENV NVIDIA_VISIBLE_DEVICES=all \
+ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
+    NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=dependencies-cuda /opt/queryselect /opt/queryselect
 COPY --from=dependencies-cuda /build/sbom.cdx.json /usr/share/doc/queryselect/

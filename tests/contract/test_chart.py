@@ -60,12 +60,12 @@ def test_the_schema_knows_every_setting_as_the_server_does():
 def test_the_schema_is_one_and_knows_every_value():
     Draft7Validator.check_schema(schema().schema)
     assert wrong(VALUES) == []
-    assert set(schema().schema["properties"]) == {*VALUES, "global"}
+    assert set(schema().schema["properties"]) == {*VALUES, "global", "enabled"}
     for name, told in schema().schema["properties"].items():
         if "properties" in told and name != "settings":
             assert told["additionalProperties"] is False, name
             assert {*VALUES[name]} <= set(told["properties"]), name
-    assert wrong({**VALUES, "global": {"domain": "example.org"}}) == []
+    assert wrong({**VALUES, "global": {"domain": "example.org"}, "enabled": True}) == [], "as part of another chart"
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,12 @@ def test_its_commands_variables_and_ports_are_ours():
     assert subcommand in COMMANDS
 
 
+def test_the_driver_is_found_where_nodes_put_it():
+    """NVIDIA's container toolkit writes it into the linker's cache; GKE only mounts it, as NVIDIA's images expect."""
+    assert variables("cuda")["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib:/usr/local/nvidia/lib64"
+    assert "LD_LIBRARY_PATH" not in variables("runtime") | variables("cpu")
+
+
 def test_a_build_reads_what_it_copies_and_nothing_else():
     copied = [each.split()[:-1] for each in said("COPY") if not each.startswith("--from")]
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]

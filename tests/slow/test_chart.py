@@ -29,7 +29,7 @@ from queryselect import Client, Unauthenticated
 from queryselect_service import settings
 from tests.chart.kubelet import ENTRYPOINT, Node, probe, project, run
 from tests.chart.rendering import CASES, CHART, ROOT, Refused, Rendered, render, render_with
-from tests.contract.test_chart import ROWS, leaves
+from tests.contract.test_chart import ROWS, VALUES, leaves
 from tests.slow import tools
 from tests.waiting import until
 
@@ -40,7 +40,7 @@ FOREIGN = {
     "keda.sh/v1alpha1": {"ScaledObject"},
 }
 SERVING = health_pb2.HealthCheckResponse.SERVING
-README, KUBERNETES, VALUES = (
+README, KUBERNETES, CHARTS = (
     (ROOT / name).read_text() for name in ("README.md", "docs/kubernetes.md", "helm/queryselect/README.md")
 )
 EVERY = pytest.mark.parametrize("case", CASES)
@@ -135,7 +135,11 @@ def test_what_selects_pods_selects_the_servers_and_no_others(release):
     (test,) = release.all("Pod")
     selectors = [each["spec"]["selector"] for each in release.all("Service")]
     selectors += [each["spec"]["selector"]["matchLabels"] for each in release.all("PodDisruptionBudget")]
-    selectors += [each["spec"]["podSelector"]["matchLabels"] for each in release.all("NetworkPolicy")]
+    selectors += [
+        each["spec"]["podSelector"]["matchLabels"]
+        for each in release.all("NetworkPolicy")
+        if not each["metadata"]["name"].endswith("-helm-test")
+    ]
     selectors.append(release.deployment["spec"]["selector"]["matchLabels"])
     for selector in selectors:
         assert selects(selector, server)
@@ -166,6 +170,23 @@ def test_ports_are_those_that_the_server_listens_on(release):
         each["value"] for each in release.all("Pod")[0]["spec"]["containers"][0]["env"] if each["name"] == "TARGET"
     )
     assert env == f"{main['metadata']['name']}.default.svc:{main['spec']['ports'][0]['port']}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "secret", "main", "headless"),
+    [
+        ("ClusterIP", "", "kubernetes.io/h2c", "kubernetes.io/h2c"),
+        ("ClusterIP", "x", "https", "https"),
+        ("LoadBalancer", "", "kubernetes.io/h2c", "kubernetes.io/h2c"),
+        ("LoadBalancer", "x", "tcp", "https"),
+    ],
+)
+def test_meshes_and_clouds_are_told_what_a_port_speaks(kind, secret, main, headless):
+    """By its name alone, a mesh would take TLS for plain HTTP/2. By "https", Azure's load balancer would ask for / ."""
+    release = render_with({"service": {"type": kind}, "tls": {"existingSecret": secret}})
+    for suffix, expected in (("", main), ("-headless", headless)):
+        (port,) = (each for each in release.one("Service", suffix)["spec"]["ports"] if each["name"] == "grpc")
+        assert port["appProtocol"] == expected
 
 
 @EVERY
@@ -236,16 +257,31 @@ def test_changed_settings_roll_the_pods_and_nothing_else_does():
     assert len({seen({}), seen({"settings": {"max_rows": 9}}), seen({"gpu": {"count": 1}})}) == 3
 
 
-@pytest.mark.parametrize("name", ["a", "queryselect-eu", "1234", "x" * 53, f"{'y' * 40}-queryselect", f"{'z' * 52}-"])
+@pytest.mark.parametrize("name", ["a", "queryselect-eu", "x" * 53, f"{'y' * 40}-queryselect", f"{'z' * 45}-z"])
 def test_names_are_short_enough_and_do_not_meet(name):
-    release = render(*CASES["hpa"], name=name.rstrip("-"))
+    release = render(*CASES["hpa"], name=name)
     found = [(each["kind"], each["metadata"]["name"]) for each in release.documents]
     assert len(found) == len(set(found))
     for _, each in found:
-        assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", each), each
+        assert re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", each), each
     for each in release.documents:
         assert all(isinstance(value, str) and len(value) <= 63 for value in labels(each).values())
     assert release.one("Service", "-headless")
+    # Kubernetes cuts a pod's name after 58 characters, before its own five; KEDA's query counts hyphens.
+    assert len(release.deployment["metadata"]["name"] + "-0123456789-") <= 58
+
+
+def test_a_release_called_test_stands_beside_one_that_is_not():
+    values = {
+        "networkPolicy": {"enabled": True},
+        "serviceMonitor": {"enabled": True},
+        "grafanaDashboard": {"enabled": True},
+    }
+    one, other = (
+        {(each["kind"], each["metadata"]["name"]) for each in render_with(values, name=name).documents}
+        for name in ("queryselect", "queryselect-test")
+    )
+    assert not one & other
 
 
 @pytest.mark.parametrize(("count", "limits"), [(0, {}), (1, {"nvidia.com/gpu": 1}), (4, {"nvidia.com/gpu": 4})])
@@ -275,10 +311,45 @@ def test_as_many_threads_as_a_limit_of_cpu_has_cores(releases):
     assert "cpu" not in releases["defaults"].container["resources"]["limits"]
 
 
+@pytest.mark.parametrize(
+    ("account", "made", "used"),
+    [
+        ({}, ["queryselect"], "queryselect"),
+        ({"name": "reader"}, ["reader"], "reader"),
+        ({"create": False}, [], "default"),
+        ({"create": False, "name": "reader"}, [], "reader"),
+    ],
+)  # fmt: skip
+def test_pods_have_the_service_account_that_is_made_or_named(account, made, used):
+    release = render_with({"serviceAccount": account})
+    assert [each["metadata"]["name"] for each in release.all("ServiceAccount")] == made
+    assert [release.pod["serviceAccountName"], release.all("Pod")[0]["spec"]["serviceAccountName"]] == [used] * 2
+
+
+def test_pods_that_are_all_made_anew_are_not_updated_in_turn_too():
+    """Kubernetes takes rollingUpdate, which the chart has by default, with no other type."""
+    release = render_with({"strategy": {"type": "Recreate"}})
+    assert release.deployment["spec"]["strategy"] == {"type": "Recreate"}
+
+
 def test_what_is_spread_without_a_selector_is_the_releases_pods(releases):
     ours, given = releases["everything"].pod["topologySpreadConstraints"]
     assert ours["labelSelector"] == releases["everything"].deployment["spec"]["selector"]
     assert given["labelSelector"] == {"matchLabels": {"team": "studio"}}
+
+
+@pytest.mark.parametrize("name", [name for name, told in VALUES.items() if told in ([], {}, "")])
+def test_what_is_empty_may_also_be_null(name):
+    assert render_with({name: None}).documents == render_with({}).documents
+
+
+def test_variables_of_yours_take_the_place_of_the_charts():
+    """Named twice, server-side apply refuses them."""
+    yours = [{"name": "GRPC_VERBOSITY", "value": "DEBUG"}, {"name": "OMP_NUM_THREADS", "value": "2"}]
+    release = render_with({"extraEnv": yours, "resources": {"limits": {"cpu": "4"}}})
+    names = [each["name"] for each in release.container["env"]]
+    assert len(names) == len(set(names))
+    assert [each for each in release.container["env"] if each in yours] == yours
 
 
 def test_labels_that_select_stay_as_they_are(releases):
@@ -298,6 +369,15 @@ def test_one_thing_at_most_scales_and_then_the_deployment_says_no_number(release
     for case, release in releases.items():
         assert ("replicas" in release.deployment["spec"]) == (case not in ("hpa", "keda"))
         assert bool(release.all("PodDisruptionBudget")) == (case in ("hpa", "keda", "everything"))
+
+
+@pytest.mark.parametrize(
+    ("replicas", "told", "budgets"), [(None, {}, 1), (0, {"replicas": 0}, 0), (2, {"replicas": 2}, 1)]
+)
+def test_without_a_number_of_pods_it_is_left_to_whoever_else_scales(replicas, told, budgets):
+    release = render_with({"replicas": replicas})
+    assert {key: value for key, value in release.deployment["spec"].items() if key == "replicas"} == told
+    assert len(release.all("PodDisruptionBudget")) == budgets
 
 
 @pytest.fixture(scope="module")
@@ -387,18 +467,43 @@ def test_the_dashboard_is_the_file(releases):
     assert json.loads(found["data"]["queryselect.json"]) == json.loads((CHART / "files" / "dashboard.json").read_text())
 
 
+def test_helm_test_runs_where_the_servers_do_and_keeps_to_quotas(releases):
+    """Other nodes may have another architecture, or take no pods. Some quotas refuse what has no limits."""
+    release = releases["everything"]
+    (test,) = release.all("Pod")
+    for key in ("nodeSelector", "tolerations"):
+        assert test["spec"][key] == release.pod[key]
+    assert test["spec"]["affinity"] == {"nodeAffinity": release.pod["affinity"]["nodeAffinity"]}
+    resources = test["spec"]["containers"][0]["resources"]
+    assert set(resources["limits"]) == set(resources["requests"]) == {"cpu", "memory"}
+
+
+def test_helm_test_calls_where_the_network_lets_nobody_call(releases):
+    """In a namespace that is closed by default it has no way out but this one."""
+    release = releases["everything"]
+    policy = release.one("NetworkPolicy", "-helm-test")
+    (test,) = release.all("Pod")
+    assert selects(policy["spec"]["podSelector"]["matchLabels"], labels(test))
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    dns, server = policy["spec"]["egress"]
+    assert dns == release.one("NetworkPolicy")["spec"]["egress"][0]
+    assert server["to"] == [{"podSelector": release.deployment["spec"]["selector"]}]
+    (port,) = (each["containerPort"] for each in release.container["ports"] if each["name"] == "grpc")
+    assert server["ports"] == [{"port": port}]
+
+
 def test_only_those_who_are_chosen_reach_a_pod(releases):
     release, least = releases["everything"], releases["minimal"]
     (test,) = release.all("Pod")
-    calls, scrapes = release.all("NetworkPolicy")[0]["spec"]["ingress"]
+    calls, scrapes = release.one("NetworkPolicy")["spec"]["ingress"]
     own, team = calls["from"]
     assert selects(own["podSelector"]["matchLabels"], labels(test)), "helm test may call"
     assert team == {"namespaceSelector": {"matchLabels": {"team": "studio"}}}
     assert (calls["ports"], scrapes["ports"]) == ([{"port": "grpc"}], [{"port": "metrics"}])
-    dns, collector = release.all("NetworkPolicy")[0]["spec"]["egress"]
+    dns, collector = release.one("NetworkPolicy")["spec"]["egress"]
     assert {(each["port"], each["protocol"]) for each in dns["ports"]} == {(53, "UDP"), (53, "TCP")}
     assert collector["ports"] == [{"port": 4318}]
-    (policy,) = least.all("NetworkPolicy")
+    policy = least.one("NetworkPolicy")
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert [len(rule["from"]) for rule in policy["spec"]["ingress"]] == [1], "an empty list would be everybody"
 
@@ -419,6 +524,13 @@ def test_only_those_who_are_chosen_reach_a_pod(releases):
         ({"autoscaling": {"by": "keda"}}, "autoscaling.keda.serverAddress is needed: where KEDA asks Prometheus"),
         ({"settings": {"max_row": 5}}, "$.settings: Additional properties are not allowed ('max_row' was unexpected)"),
         ({"settings": {"drain_grace": None}}, "$.settings: 'drain_grace' is a required property"),
+        ({"fullnameOverride": "1234"}, "no Service can be called 1234: set fullnameOverride to small letters,"),
+        ({"fullnameOverride": "team.selection"}, "no Service can be called team.selection: set fullnameOverride"),
+        ({"fullnameOverride": "Selection"}, "no Service can be called Selection: set fullnameOverride"),
+        ({"resources": {"limits": {"nvidia.com/gpu": 1}}}, "resources has nvidia.com/gpu: set gpu.count and"),
+        ({"resources": {"limits": {"nvidia.com/mig-1g.5gb": 1}}}, "resources has nvidia.com/mig-1g.5gb: set gpu.count"),
+        ({"resources": {"claims": [{"name": "gpu"}]}}, "$.resources: Additional properties are not allowed ('claims'"),
+        ({"autoscaling": {"by": "hpa", "minReplicas": 5}}, "autoscaling.minReplicas is 5, and autoscaling.max"),
         ({"replicas": "two"}, "$.replicas: 'two' is not of type 'integer'"),
         ({"podAnotations": {}}, "$: Additional properties are not allowed ('podAnotations' was unexpected)"),
     ],
@@ -549,6 +661,13 @@ def test_what_a_pod_does_before_it_ends_can_be_run(releases):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_helm_install_says_which_image_is_pulled_and_where_none_is_there_yet(releases):
+    for release in releases.values():
+        assert f"by the image {release.container['image']}." in release.notes
+    assert "No image is published there yet" in releases["defaults"].notes
+    assert "make image" not in releases["everything"].notes
+
+
 @pytest.mark.parametrize("case", ["defaults", "proxy", "secure"])
 def test_the_lines_that_helm_install_prints_make_a_selection(release, secrets, tmp_path):
     code = textwrap.dedent(release.notes.split("# and in Python\n")[1].partition("\n\n")[0])
@@ -569,13 +688,13 @@ def test_the_ten_lines_of_the_readme_run_against_a_pod(releases, tmp_path):
         assert shell('python -c "$CODE"', tmp_path, CODE=code, PATH=PATH).count("label row") == 5
 
 
-@pytest.mark.parametrize("values", [each for each in blocks("yaml", KUBERNETES, VALUES) if "apiVersion" not in each])
+@pytest.mark.parametrize("values", [each for each in blocks("yaml", KUBERNETES, CHARTS) if "apiVersion" not in each])
 def test_values_on_the_pages_are_values(values):
     assert render_with(yaml.safe_load(values)).documents
 
 
 def test_commands_of_helm_on_the_pages_have_files_and_values_that_are_there(tmp_path):
-    pages = (README, KUBERNETES, VALUES)
+    pages = (README, KUBERNETES, CHARTS)
     lines = [line for block in blocks("sh", *pages) for line in block.splitlines()]
     commands = [line.split()[1:] for line in lines if line.startswith("helm ")]
     installs = [each for each in commands if each[0] == "install"]
@@ -591,6 +710,13 @@ def test_commands_of_helm_on_the_pages_have_files_and_values_that_are_there(tmp_
         assert release.container["image"].startswith(f"{value}:")
         assert f"deployment/{release.deployment['metadata']['name']}\n" in "".join(pages)
     assert {each[0] for each in commands} == {"install", "test"}
+    built = re.findall(
+        r"^make image (TARGET=cuda )?IMAGE=registry\.example\.org/queryselect:(\S+)", "\n".join(lines), re.MULTILINE
+    )
+    pushed = re.findall(r"^docker push registry\.example\.org/queryselect:(\S+)", "\n".join(lines), re.MULTILINE)
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    assert {tag for _, tag in built} >= {*pushed} == {version, f"{version}-cuda"}
+    assert all(tag == f"{version}{'-cuda' if cuda else ''}" for cuda, tag in built)
 
 
 def test_the_certificate_on_the_page_names_what_is_called(releases):

@@ -19,7 +19,7 @@ def credentials() -> grpc.ChannelCredentials | None:
     if "TLS" not in os.environ:
         return None
     authority, identity = Path(os.environ["TLS"]), os.environ.get("IDENTITY")
-    roots = authority.read_bytes() if authority.exists() else None  # the system's
+    roots = authority.read_bytes() if authority.exists() else None  # public CAs, of gRPC's own list
     if identity is None:
         return grpc.ssl_channel_credentials(roots)
     pair = [(Path(identity) / name).read_bytes() for name in ("tls.key", "tls.crt")]

@@ -1,7 +1,8 @@
-{{/* The name of all that there is one of. With the longest suffix, -dashboard, it has at most 63 characters. */}}
+{{/* The name of all that there is one of. With more characters, pods would have other names than NAME-HASH-RANDOM, by
+     which KEDA's query finds them. */}}
 {{- define "queryselect.fullname" -}}
 {{- $made := contains .Chart.Name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name) -}}
-{{- .Values.fullnameOverride | default $made | trunc 53 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | default $made | trunc 46 | trimSuffix "-" -}}
 {{- end }}
 
 {{- define "queryselect.selectorLabels" -}}
@@ -29,10 +30,22 @@ labels:
   {{- include "queryselect.labels" $root | nindent 2 }}
 {{- end }}
 
+{{/* How many pods there are; empty where something else than the Deployment says so. */}}
+{{- define "queryselect.replicas" -}}
+{{- if and (eq .Values.autoscaling.by "none") (not (kindIs "invalid" .Values.replicas)) -}}
+{{ int .Values.replicas }}
+{{- end }}
+{{- end }}
+
 {{- define "queryselect.image" -}}
 {{- with .Values.image -}}
 {{ .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ .suffix }}{{ end }}
 {{- end }}
+{{- end }}
+
+{{/* For gateways and meshes, which must not take TLS for plain HTTP/2. */}}
+{{- define "queryselect.appProtocol" -}}
+{{ empty .Values.tls.existingSecret | ternary "kubernetes.io/h2c" "https" }}
 {{- end }}
 
 {{- define "queryselect.serviceAccountName" -}}
@@ -64,6 +77,10 @@ labels:
 
 {{/* What can't work is refused before anything is installed. */}}
 {{- define "queryselect.check" -}}
+{{- $name := include "queryselect.fullname" . }}
+{{- if not (regexMatch "^[a-z]([a-z0-9-]*[a-z0-9])?$" $name) }}
+{{- fail (printf "no Service can be called %s: set fullnameOverride to small letters, digits and hyphens, of which the first is a letter" $name) }}
+{{- end }}
 {{- $ports := "the pod's ports are fixed; service.port is the Service's" }}
 {{- $tls := "set tls.existingSecret and tls.clientCASecret" }}
 {{- $made := dict "port" $ports "metrics_port" $ports "health_port" $ports "tls_cert" $tls "tls_key" $tls }}
@@ -76,6 +93,16 @@ labels:
 {{- range .Values.extraEnv }}
 {{- if hasPrefix "QUERYSELECT_" .name }}
 {{- fail (printf "extraEnv has %s: use settings.%s" .name (.name | trimPrefix "QUERYSELECT_" | lower)) }}
+{{- end }}
+{{- end }}
+{{- range $name, $_ := merge dict (.Values.resources.limits | default dict) (.Values.resources.requests | default dict) }}
+{{- if or (eq $name $.Values.gpu.resource) (hasPrefix "nvidia.com/" $name) }}
+{{- fail (printf "resources has %s: set gpu.count and gpu.resource, by which the server knows its device" $name) }}
+{{- end }}
+{{- end }}
+{{- with .Values.autoscaling }}
+{{- if gt (int .minReplicas) (int .maxReplicas) }}
+{{- fail (printf "autoscaling.minReplicas is %d, and autoscaling.maxReplicas %d" (int .minReplicas) (int .maxReplicas)) }}
 {{- end }}
 {{- end }}
 {{- if and .Values.tls.clientCASecret (not .Values.tls.existingSecret) }}
