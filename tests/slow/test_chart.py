@@ -295,7 +295,7 @@ def test_gpus_are_asked_for_and_without_any_the_device_is_the_cpu(count, limits)
 def test_the_values_for_gpus_take_the_image_with_cuda_and_need_no_spare_gpu(releases):
     plain, gpu = releases["defaults"], releases["gpu"]
     assert gpu.container["image"] == f"{plain.container['image']}-cuda"
-    assert releases["gpus"].container["image"] == "ghcr.io/queryselect/queryselect:1.2.3-cuda"
+    assert releases["gpus"].container["image"] == "queryselect:1.2.3-cuda"
     assert releases["keda"].container["resources"]["limits"]["nvidia.com/mig-1g.10gb"] == 1
     assert gpu.deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
     assert releases["gpus"].pod["runtimeClassName"] == "nvidia"
@@ -664,7 +664,7 @@ def test_what_a_pod_does_before_it_ends_can_be_run(releases):
 def test_helm_install_says_which_image_is_pulled_and_where_none_is_there_yet(releases):
     for release in releases.values():
         assert f"by the image {release.container['image']}." in release.notes
-    assert "No image is published there yet" in releases["defaults"].notes
+    assert "No image is published by this name" in releases["defaults"].notes
     assert "make image" not in releases["everything"].notes
 
 
