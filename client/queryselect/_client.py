@@ -131,8 +131,8 @@ class Job:
 class Client:
     """A QuerySelect server, or with target "local:" the same service in this process.
 
-    token: a bearer token. tls: True for the public CAs that gRPC knows, or grpc.ChannelCredentials. timeout: the default for every
-    call, in seconds. retries: how often a call that failed for a passing reason is tried again.
+    token: a bearer token. tls: True for the public CAs that gRPC knows, or grpc.ChannelCredentials. timeout: the
+    default for every call, in seconds. retries: how often a call that failed for a passing reason is tried again.
 
     >>> import numpy as np
     >>> with Client("local:") as client:

@@ -18,7 +18,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--service", default="queryselect.v1.SelectionService", help="default %(default)s; '' is liveness"
     )
-    parser.add_argument("--tls", action="store_true", help="speak TLS by the public CAs that gRPC knows; what follows implies it")
+    parser.add_argument(
+        "--tls", action="store_true", help="speak TLS by the public CAs that gRPC knows; what follows implies it"
+    )
     parser.add_argument("--ca", help="PEM file of the CAs to trust instead")
     parser.add_argument("--cert", help="PEM file of the certificate to show, where the server asks for one")
     parser.add_argument("--key", help="PEM file of its private key")
