@@ -1,5 +1,5 @@
 // A client of QuerySelect: unary calls, streams, deadlines, cancellation, retries.
-import { Readable } from 'node:stream';
+import { Readable, pipeline } from 'node:stream';
 import { setTimeout } from 'node:timers/promises';
 import zlib from 'node:zlib';
 import grpc from '@grpc/grpc-js';
@@ -60,8 +60,10 @@ export class Client {
       call.write({ start });
       for await (const message of call) {
         if (message.admitted) {
-          // pipe waits where the server is slower than we are, and says at the end that this was all
-          Readable.from(chunks(large, Number(message.admitted.recommended_chunk_bytes))).pipe(call);
+          const size = Number(message.admitted.recommended_chunk_bytes ?? MIB);
+          // It waits where the server is slower than we are, and says at the end that this was all. What fails is told
+          // by for await.
+          pipeline(Readable.from(chunks(large, size)), call, () => {});
         } else if (message.progress) {
           onProgress(message.progress);
         } else if (message.result) {
@@ -193,8 +195,8 @@ class Download {
   }
 
   whole() {
-    if (!this.#result || [...this.#missing.values()].some(Boolean)) throw new Error('the stream ended before its answer');
-    return this.#result;
+    if (this.#result && ![...this.#missing.values()].some(Boolean)) return this.#result;
+    throw new QuerySelectError({ code: grpc.status.DATA_LOSS, details: 'the stream ended before its answer' });
   }
 }
 
