@@ -43,7 +43,8 @@ export class Client {
   }
 
   /** One message there, one back: a SelectRequest that fits 64 MiB, and its SelectResponse. */
-  select(request, options) {
+  async select(request, options) {
+    check(split(request).start);
     return unary((...call) => this.#selection.Select(request, ...call), options);
   }
 
@@ -51,6 +52,7 @@ export class Client {
   async stream(request, { timeout, signal, onProgress = () => {} } = {}) {
     begin(signal);
     const { start, large } = split(request);
+    check(start);
     const call = this.#selection.SelectStream(new grpc.Metadata(), { deadline: deadline(timeout) });
     call.on('error', () => {}); // for await is told of it, but no longer once onProgress has failed
     const stop = () => call.cancel();
@@ -160,6 +162,27 @@ function split(request) {
     return Object.fromEntries(parts);
   };
   return { start: walk(request, ''), large };
+}
+
+/** Raises TypeError for names and values that the proto does not have: protobuf.js leaves them out without a word. */
+function check(start) {
+  const { serialize, deserialize } = definition['queryselect.v1.SelectRequest'];
+  const [path] = lost(start, deserialize(serialize(start)));
+  if (path) throw new TypeError(`${path.slice(1)} is not in the proto, or is of another type there`);
+}
+
+/** The paths of what was given and not kept. */
+function* lost(given, kept, path = '') {
+  if (given === null || given === undefined) return;
+  if (ArrayBuffer.isView(given)) {
+    if (given.byteLength !== kept?.length) yield path;
+  } else if (typeof given === 'object') {
+    for (const [name, each] of Object.entries(given)) {
+      yield* lost(each, kept?.[name], path + (Array.isArray(given) ? `[${name}]` : `.${name}`));
+    }
+  } else if (kept === undefined || (typeof given === 'string' && typeof kept === 'string' && given !== kept)) {
+    yield path;
+  }
 }
 
 /** The messages after the start. In any order; here tensor after tensor. */

@@ -299,6 +299,39 @@ client.close();"""
     server.until_free()
 
 
+def test_names_that_the_proto_does_not_have_are_told(folder):
+    """protobuf.js leaves them out, and rows that were to be left alone would be chosen."""
+    code = """
+const client = new Client('localhost:1');
+const good = { pool: { num_rows: 5 }, strategy: { random: {} }, stop: { max_items: 1 } };
+const wrong = [
+  { exclude: 1 }, { pool: { exclude: rows([1]) } }, { task: 'MULTI' }, { returns: ['POOL_SCORES'] }, { seed: 'x' },
+  { strategy: { bait: { rigde: 2 } } }, { pool: { quotas: [{ limits: [{ value: 1, most: 2 }] }] } },
+  { pool: { labeled: { ...rows([1]), data: new BigInt64Array(1) } } },
+  { strategy: { custom: { name: 'sleepy', parameters: { fields: { seconds: { number_value: 60 } } } } } },
+];
+const right = [
+  { seed: 5n }, { seed: 0 }, { task: undefined }, { returns: [] }, { pool: { inputs: {}, labeled: rows([]) } },
+  { request_id: 'a' }, { task: 'TASK_MULTILABEL', validate_only: false }, { task: 2 },
+  { pool: { ids: { strings: { values: ['a', ''] } } } },
+];
+const told = [];
+for (const each of [...wrong, ...right]) {
+  for (const way of ['select', 'stream']) told.push((await asked(() => client[way]({ ...good, ...each }))));
+}
+say({ names: told.map((each) => each.name), messages: told.map((each) => each.message), wrong: wrong.length });
+client.close();"""
+    told = said(folder, code)
+    wrong = 2 * told["wrong"]
+    assert set(told["names"][:wrong]) == {"TypeError"}
+    assert set(told["names"][wrong:]) == {"QuerySelectError"}  # there is no server
+    assert [message.split(" ")[0] for message in told["messages"][:wrong:2]] == [
+        *("exclude", "pool.exclude.dtype", "task", "returns[0]", "seed", "strategy.bait.rigde"),
+        *("pool.quotas[0].limits[0].most", "pool.labeled.data"),
+        "strategy.custom.parameters.fields.seconds.number_value",
+    ]
+
+
 def test_what_fails_while_chunks_are_made_is_raised(folder, server):
     code = """
 import zlib from 'node:zlib';
