@@ -13,8 +13,11 @@ export * from './tensors.js';
 const { SelectionService, ServerService, StrategyService } = grpc.loadPackageDefinition(definition).queryselect.v1;
 
 const MIB = 1 << 20;
-/** Tensors of at most so many bytes travel inside the start of a stream. */
+/** Tensors, and lists, of at most so many bytes travel inside the start of a stream. */
 const SMALL_BYTES = 64 << 10;
+const LIST_BYTES = 4 * MIB;
+/** What is there for each row of the pool, and may be scored as it comes. */
+const ROWS = /^pool\.(embeddings|probabilities|logits|samples|gradients|scales|inputs)\b/;
 
 const OPTIONS = {
   // A name with several addresses, as a headless Service of Kubernetes has, is several servers: each call goes to the next.
@@ -153,7 +156,7 @@ function split(request) {
   const walk = (value, path) => {
     if (value === null || typeof value !== 'object' || ArrayBuffer.isView(value)) return value;
     if (Array.isArray(value)) return value.map((each, at) => walk(each, `${path}[${at}]`));
-    if (value.data?.byteLength > SMALL_BYTES) {
+    if (value.data?.byteLength > (value.shape?.length > 1 ? SMALL_BYTES : LIST_BYTES)) {
       large.set(path, value.data);
       const { data, ...rest } = value;
       return { ...rest, streamed: {} };
@@ -185,12 +188,21 @@ function* lost(given, kept, path = '') {
   }
 }
 
-/** The messages after the start. In any order; here tensor after tensor. */
+/**
+ * The messages after the start: what the server needs before it can look at rows, then the tensors of rows side by side,
+ * so that a row is whole soon after its first byte and a server that scores rows as they come holds few of them.
+ */
 function* chunks(large, size) {
-  for (const [path, bytes] of large) {
-    for (let offset = 0; offset < bytes.length; offset += size) {
-      const data = bytes.subarray(offset, offset + size);
-      yield { chunk: { path, offset, data, crc32: zlib.crc32(data) } };
+  const tensors = [...large];
+  const first = tensors.filter(([path]) => !ROWS.test(path)).map((each) => [each]);
+  for (const group of [...first, tensors.filter(([path]) => ROWS.test(path))]) {
+    const steps = Math.ceil(Math.max(...group.map(([, bytes]) => bytes.length)) / size);
+    for (let step = 0; step < steps; step++) {
+      for (const [path, bytes] of group) {
+        const [offset, end] = [step, step + 1].map((at) => Math.floor((bytes.length * at) / steps));
+        const data = bytes.subarray(offset, end);
+        yield { chunk: { path, offset, data, crc32: zlib.crc32(data) } };
+      }
     }
   }
 }

@@ -299,6 +299,32 @@ client.close();"""
     server.until_free()
 
 
+#: Rows are scored as they come, and what the server needs for them comes in the wrong order in the request.
+ORDERS = {
+    "rows of two tensors": ("{ embeddings, logits }", "{ expected_gradient_length: {} }"),
+    "a list of rows": ("{ logits, excluded }", "{ margin: {} }"),
+    "a long list of rows": ("{ logits, excluded: many }", "{ margin: {} }"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_server_holds_little_of_a_pool_that_it_scores_as_it_comes(folder, order):
+    """A pool of 58 MB or more, where there is room for 42."""
+    inputs, strategy = ORDERS[order]
+    code = f"""
+const N = 600_000;
+const tall = (columns) => tensor(Float32Array.from({{ length: N * columns }}, (_, at) => at % 97), [N, columns]);
+const [embeddings, logits] = [tall(24), tall(24)];
+const [excluded, many] = [20_000, 590_000].map((count) => rows(Array.from({{ length: count }}, (_, row) => row)));
+const client = new Client(target);
+const request = {{ pool: {inputs}, strategy: {strategy}, stop: {{ max_items: 1 }}, validate_only: true }};
+say(await asked(() => client.stream(request)));
+client.close();"""
+    with served("--max-host-bytes", str(40 << 20)) as running:
+        told = said(folder, code, running.target)
+    assert "answer" in told, told
+
+
 def test_names_that_the_proto_does_not_have_are_told(folder):
     """protobuf.js leaves them out, and rows that were to be left alone would be chosen."""
     code = """
