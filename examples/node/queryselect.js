@@ -30,7 +30,7 @@ const OPTIONS = {
  * A QuerySelect server. tls: true for the system's roots, or the PEM of your own as a Buffer. token: a bearer token.
  *
  * Every call takes timeout, in milliseconds, and signal, an AbortSignal; both stop the selection on the server too. All
- * fail with QuerySelectError.
+ * fail with QuerySelectError; names that the proto does not have are a TypeError before anything is sent.
  */
 export class Client {
   #selection;
@@ -103,7 +103,8 @@ export class Client {
 
 /**
  * What attempt() gives, tried again where that may help: when the server says so, else after a doubling wait. Selections
- * change nothing on the server, so that the same one may always be sent again.
+ * change nothing on the server, so that the same one may always be sent again. A timeout is each attempt's; an
+ * AbortSignal, made outside of attempt, is for all of them, and heeded after a wait.
  */
 export async function retried(attempt, retries = 3) {
   for (let tried = 0; ; tried++) {
@@ -189,8 +190,8 @@ function* lost(given, kept, path = '') {
 }
 
 /**
- * The messages after the start: what the server needs before it can look at rows, then the tensors of rows side by side,
- * so that a row is whole soon after its first byte and a server that scores rows as they come holds few of them.
+ * The messages after the start: what the server needs before it can look at rows, then the tensors of rows side by
+ * side, so that a row is whole soon after its first byte and a server that scores rows as they come holds few of them.
  */
 function* chunks(large, size) {
   const tensors = [...large];

@@ -333,7 +333,7 @@ const good = { pool: { num_rows: 5 }, strategy: { random: {} }, stop: { max_item
 const wrong = [
   { exclude: 1 }, { pool: { exclude: rows([1]) } }, { task: 'MULTI' }, { returns: ['POOL_SCORES'] }, { seed: 'x' },
   { strategy: { bait: { rigde: 2 } } }, { pool: { quotas: [{ limits: [{ value: 1, most: 2 }] }] } },
-  { pool: { labeled: { ...rows([1]), data: new BigInt64Array(1) } } },
+  { pool: { labeled: { ...rows([1]), data: new Int32Array(2) } } },
   { strategy: { custom: { name: 'sleepy', parameters: { fields: { seconds: { number_value: 60 } } } } } },
 ];
 const right = [
