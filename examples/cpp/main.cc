@@ -13,6 +13,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
+#include <future>
 #include <iostream>
 #include <memory>
 #include <string>
@@ -24,6 +26,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tensors travel little-
 
 using namespace queryselect::v1;
 using Stub = SelectionService::Stub;
+using Stream = grpc::ClientReaderWriter<SelectStreamRequest, SelectStreamResponse>;
 
 // A name with several addresses is several servers: each call goes to the next of those that are ready.
 constexpr char kServiceConfig[] = R"({
@@ -107,36 +110,45 @@ SelectResponse Select(Stub& stub, const SelectRequest& request) {
   return answer;
 }
 
+// Sends a tensor in chunks, and says that this was all.
+void Send(Stream& stream, const std::string& path, const std::string& data, int64_t recommended) {
+  const size_t size = recommended > 0 ? recommended : 1 << 20;
+  SelectStreamRequest message;
+  for (size_t offset = 0; offset < data.size(); offset += size) {
+    Chunk& chunk = *message.mutable_chunk();
+    chunk.set_path(path);
+    chunk.set_offset(offset);
+    chunk.set_data(data.substr(offset, size));
+    chunk.set_crc32(crc32(0, reinterpret_cast<const Bytef*>(chunk.data().data()), chunk.data().size()));
+    if (!stream.Write(message)) return;  // the stream has ended, and Finish tells why
+  }
+  stream.WritesDone();
+}
+
 // The same request, whose logits come in chunks, once the server says that they may.
 SelectResponse SelectStreamed(Stub& stub, const SelectRequest& request) {
-  const std::string& data = request.pool().logits().data();
   SelectStreamRequest message;
   *message.mutable_start() = request;
   message.mutable_start()->mutable_pool()->mutable_logits()->mutable_streamed();
 
   const auto context = Minute();
   const auto stream = stub.SelectStream(context.get());
-  stream->Write(message);
+  stream->Write(message);  // where it fails, Read does too, and Finish tells why
+  std::future<void> sent;
   SelectResponse answer;
   SelectStreamResponse response;
   while (stream->Read(&response)) {
     if (response.has_admitted()) {
-      // Where there is more than fits gRPC's own buffers, write in a thread, so that progress is read meanwhile.
-      const size_t size = response.admitted().recommended_chunk_bytes();
-      for (size_t offset = 0; offset < data.size(); offset += size) {
-        Chunk& chunk = *message.mutable_chunk();
-        chunk.set_path("pool.logits");
-        chunk.set_offset(offset);
-        chunk.set_data(data.substr(offset, size));
-        chunk.set_crc32(crc32(0, reinterpret_cast<const Bytef*>(chunk.data().data()), chunk.data().size()));
-        if (!stream->Write(message)) break;  // the stream has ended, and Finish tells why
-      }
-      stream->WritesDone();
+      // Beside reading, since the server tells progress meanwhile.
+      sent = std::async(std::launch::async, Send, std::ref(*stream), "pool.logits",
+                        std::cref(request.pool().logits().data()), response.admitted().recommended_chunk_bytes());
     } else if (response.has_result()) {
       answer = response.result();  // five picks: tensors over 1 MiB would be marked as streamed and follow in chunks
     }
   }
+  if (sent.valid()) sent.wait();
   Require(stream->Finish());
+  if (!answer.has_indices()) Require({grpc::StatusCode::DATA_LOSS, "the stream ended before its answer"});
   return answer;
 }
 

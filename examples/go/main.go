@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"log"
 	"math"
 	"os"
@@ -112,6 +113,8 @@ func stored(path string) *queryselect.SelectRequest {
 // streamed sends a request whose logits come in chunks, once the server says that they may.
 func streamed(ctx context.Context, client queryselect.SelectionServiceClient,
 	request *queryselect.SelectRequest) (*queryselect.SelectResponse, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // lets go of the stream, and of what still sends, however this ends
 	start := proto.Clone(request).(*queryselect.SelectRequest)
 	start.Pool.Logits.Source = &queryselect.Tensor_Streamed{Streamed: &queryselect.Streamed{}}
 	stream, err := client.SelectStream(ctx)
@@ -119,28 +122,33 @@ func streamed(ctx context.Context, client queryselect.SelectionServiceClient,
 		return nil, err
 	}
 	first := &queryselect.SelectStreamRequest{Message: &queryselect.SelectStreamRequest_Start{Start: start}}
-	if err := stream.Send(first); err != nil {
+	if err := stream.Send(first); err != nil && err != io.EOF { // io.EOF: the stream has ended, and Recv tells why
 		return nil, err
 	}
+	var answer *queryselect.SelectResponse
 	for {
 		message, err := stream.Recv()
+		if err == io.EOF && answer != nil {
+			return answer, nil
+		}
 		if err != nil {
-			return nil, err
+			return nil, err // io.EOF: the stream ended before its answer
 		}
 		switch kind := message.Message.(type) {
 		case *queryselect.SelectStreamResponse_Admitted:
-			// Where there is more than fits gRPC's own buffers, send in a goroutine, so that progress is read meanwhile.
 			size := int(kind.Admitted.GetRecommendedChunkBytes())
-			if err := send(stream, "pool.logits", request.Pool.Logits.GetData(), size); err != nil {
-				return nil, err
-			}
+			// Beside reading, since the server tells progress meanwhile.
+			go send(stream, "pool.logits", request.Pool.Logits.GetData(), size)
 		case *queryselect.SelectStreamResponse_Result:
-			return kind.Result, nil // five picks: tensors over 1 MiB would be marked as streamed and follow in chunks
+			answer = kind.Result // five picks: tensors over 1 MiB would be marked as streamed and follow in chunks
 		}
 	}
 }
 
-func send(stream queryselect.SelectionService_SelectStreamClient, path string, data []byte, size int) error {
+func send(stream queryselect.SelectionService_SelectStreamClient, path string, data []byte, size int) {
+	if size <= 0 {
+		size = 1 << 20
+	}
 	for offset := 0; offset < len(data); offset += size {
 		end := offset + size
 		if end > len(data) {
@@ -153,11 +161,11 @@ func send(stream queryselect.SelectionService_SelectStreamClient, path string, d
 			Crc32:  proto.Uint32(crc32.ChecksumIEEE(data[offset:end])),
 		}
 		message := &queryselect.SelectStreamRequest{Message: &queryselect.SelectStreamRequest_Chunk{Chunk: chunk}}
-		if err := stream.Send(message); err != nil {
-			return err // io.EOF: the stream has ended, and Recv tells why
+		if stream.Send(message) != nil {
+			return // the stream has ended, and Recv tells why
 		}
 	}
-	return stream.CloseSend()
+	stream.CloseSend()
 }
 
 // numbers are from -1 to 1, look drawn and are computed.

@@ -28,11 +28,16 @@ export class QuerySelectError extends Error {
 }
 
 function unpacked(bytes) {
-  const { details = [] } = definition['google.rpc.Status'].deserialize(bytes);
-  const known = details
-    .map(({ type_url, value }) => [type_url.split('/').pop(), value])
-    .filter(([name]) => name in definition); // a newer server may tell more
-  return Object.fromEntries(known.map(([name, value]) => [name.split('.').pop(), definition[name].deserialize(value)]));
+  const found = {};
+  try {
+    for (const { type_url, value } of definition['google.rpc.Status'].deserialize(bytes).details ?? []) {
+      const name = type_url.split('/').pop();
+      if (name in definition) found[name.split('.').pop()] = definition[name].deserialize(value); // others are newer
+    }
+  } catch {
+    // No details, whatever made them: the code counts all the same.
+  }
+  return found;
 }
 
 const seconds = ({ seconds = 0, nanos = 0 }) => Number(seconds) + nanos / 1e9;

@@ -1,5 +1,5 @@
 // A client of QuerySelect: unary calls, streams, deadlines, cancellation, retries.
-import { Readable } from 'node:stream';
+import { Readable, pipeline } from 'node:stream';
 import { setTimeout } from 'node:timers/promises';
 import zlib from 'node:zlib';
 import grpc from '@grpc/grpc-js';
@@ -13,8 +13,11 @@ export * from './tensors.js';
 const { SelectionService, ServerService, StrategyService } = grpc.loadPackageDefinition(definition).queryselect.v1;
 
 const MIB = 1 << 20;
-/** Tensors of at most so many bytes travel inside the start of a stream. */
+/** Tensors, and lists, of at most so many bytes travel inside the start of a stream. */
 const SMALL_BYTES = 64 << 10;
+const LIST_BYTES = 4 * MIB;
+/** What is there for each row of the pool, and may be scored as it comes. */
+const ROWS = /^pool\.(embeddings|probabilities|logits|samples|gradients|scales|inputs)\b/;
 
 const OPTIONS = {
   // A name with several addresses, as a headless Service of Kubernetes has, is several servers: each call goes to the next.
@@ -27,7 +30,7 @@ const OPTIONS = {
  * A QuerySelect server. tls: true for the system's roots, or the PEM of your own as a Buffer. token: a bearer token.
  *
  * Every call takes timeout, in milliseconds, and signal, an AbortSignal; both stop the selection on the server too. All
- * fail with QuerySelectError.
+ * fail with QuerySelectError; names that the proto does not have are a TypeError before anything is sent.
  */
 export class Client {
   #selection;
@@ -43,7 +46,8 @@ export class Client {
   }
 
   /** One message there, one back: a SelectRequest that fits 64 MiB, and its SelectResponse. */
-  select(request, options) {
+  async select(request, options) {
+    check(split(request).start);
     return unary((...call) => this.#selection.Select(request, ...call), options);
   }
 
@@ -51,6 +55,7 @@ export class Client {
   async stream(request, { timeout, signal, onProgress = () => {} } = {}) {
     begin(signal);
     const { start, large } = split(request);
+    check(start);
     const call = this.#selection.SelectStream(new grpc.Metadata(), { deadline: deadline(timeout) });
     call.on('error', () => {}); // for await is told of it, but no longer once onProgress has failed
     const stop = () => call.cancel();
@@ -60,8 +65,10 @@ export class Client {
       call.write({ start });
       for await (const message of call) {
         if (message.admitted) {
-          // pipe waits where the server is slower than we are, and says at the end that this was all
-          Readable.from(chunks(large, Number(message.admitted.recommended_chunk_bytes))).pipe(call);
+          const size = Number(message.admitted.recommended_chunk_bytes ?? MIB);
+          // It waits where the server is slower than we are, and says at the end that this was all. What fails is told
+          // by for await.
+          pipeline(Readable.from(chunks(large, size)), call, () => {});
         } else if (message.progress) {
           onProgress(message.progress);
         } else if (message.result) {
@@ -96,7 +103,8 @@ export class Client {
 
 /**
  * What attempt() gives, tried again where that may help: when the server says so, else after a doubling wait. Selections
- * change nothing on the server, so that the same one may always be sent again.
+ * change nothing on the server, so that the same one may always be sent again. A timeout is each attempt's; an
+ * AbortSignal, made outside of attempt, is for all of them, and heeded after a wait.
  */
 export async function retried(attempt, retries = 3) {
   for (let tried = 0; ; tried++) {
@@ -149,7 +157,7 @@ function split(request) {
   const walk = (value, path) => {
     if (value === null || typeof value !== 'object' || ArrayBuffer.isView(value)) return value;
     if (Array.isArray(value)) return value.map((each, at) => walk(each, `${path}[${at}]`));
-    if (value.data?.byteLength > SMALL_BYTES) {
+    if (value.data?.byteLength > (value.shape?.length > 1 ? SMALL_BYTES : LIST_BYTES)) {
       large.set(path, value.data);
       const { data, ...rest } = value;
       return { ...rest, streamed: {} };
@@ -160,12 +168,42 @@ function split(request) {
   return { start: walk(request, ''), large };
 }
 
-/** The messages after the start. In any order; here tensor after tensor. */
+/** Raises TypeError for names and values that the proto does not have: protobuf.js leaves them out without a word. */
+function check(start) {
+  const { serialize, deserialize } = definition['queryselect.v1.SelectRequest'];
+  const [path] = lost(start, deserialize(serialize(start)));
+  if (path) throw new TypeError(`${path.slice(1)} is not in the proto, or is of another type there`);
+}
+
+/** The paths of what was given and not kept. */
+function* lost(given, kept, path = '') {
+  if (given === null || given === undefined) return;
+  if (ArrayBuffer.isView(given)) {
+    if (given.byteLength !== kept?.length) yield path;
+  } else if (typeof given === 'object') {
+    for (const [name, each] of Object.entries(given)) {
+      yield* lost(each, kept?.[name], path + (Array.isArray(given) ? `[${name}]` : `.${name}`));
+    }
+  } else if (kept === undefined || (typeof given === 'string' && typeof kept === 'string' && given !== kept)) {
+    yield path;
+  }
+}
+
+/**
+ * The messages after the start: what the server needs before it can look at rows, then the tensors of rows side by
+ * side, so that a row is whole soon after its first byte and a server that scores rows as they come holds few of them.
+ */
 function* chunks(large, size) {
-  for (const [path, bytes] of large) {
-    for (let offset = 0; offset < bytes.length; offset += size) {
-      const data = bytes.subarray(offset, offset + size);
-      yield { chunk: { path, offset, data, crc32: zlib.crc32(data) } };
+  const tensors = [...large];
+  const first = tensors.filter(([path]) => !ROWS.test(path)).map((each) => [each]);
+  for (const group of [...first, tensors.filter(([path]) => ROWS.test(path))]) {
+    const steps = Math.ceil(Math.max(...group.map(([, bytes]) => bytes.length)) / size);
+    for (let step = 0; step < steps; step++) {
+      for (const [path, bytes] of group) {
+        const [offset, end] = [step, step + 1].map((at) => Math.floor((bytes.length * at) / steps));
+        const data = bytes.subarray(offset, end);
+        yield { chunk: { path, offset, data, crc32: zlib.crc32(data) } };
+      }
     }
   }
 }
@@ -193,8 +231,8 @@ class Download {
   }
 
   whole() {
-    if (!this.#result || [...this.#missing.values()].some(Boolean)) throw new Error('the stream ended before its answer');
-    return this.#result;
+    if (this.#result && ![...this.#missing.values()].some(Boolean)) return this.#result;
+    throw new QuerySelectError({ code: grpc.status.DATA_LOSS, details: 'the stream ended before its answer' });
   }
 }
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from google.protobuf.json_format import Parse
-from google.rpc import code_pb2, error_details_pb2, status_pb2  # noqa: F401  # details, for JSON
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from queryselect.v1 import selection_pb2
 from scripts import testdata
@@ -33,15 +33,29 @@ def message(file: str):
 
 
 def without_scores(response):
-    """The response with its scores apart from it: they may differ in the last digits from machine to machine."""
+    """The response without words, and its scores apart from it: they may differ in the last digits between machines."""
     kept = type(response).FromString(response.SerializeToString())
     result = kept.result if kept.DESCRIPTOR.name == "SelectStreamResponse" else kept
     scores = []
-    if hasattr(result, "scores"):
-        for tensor in (result.scores, result.pool_scores):
-            scores.append(np.frombuffer(tensor.data, "<f8"))
-            tensor.ClearField("data")
+    for tensor in (result.scores, result.pool_scores):
+        scores.append(np.frombuffer(tensor.data, "<f8"))
+        tensor.ClearField("data")
+    for warning in result.warnings:
+        warning.ClearField("message")
     return kept, scores
+
+
+def without_words(status):
+    """What is promised of a status."""
+    if status is None:
+        return None
+    told = [status.code]
+    for packed in status.details:
+        if packed.Unpack(info := error_details_pb2.ErrorInfo()):
+            told.append((info.domain, info.reason))
+        elif packed.Unpack(bad := error_details_pb2.BadRequest()):
+            told.append([each.field for each in bad.field_violations])
+    return told
 
 
 def test_the_manifest_lists_every_file_and_every_case():
@@ -77,7 +91,8 @@ def test_a_server_answers_the_bytes_as_is_stored(channel, name):
         assert one[0] == other[0]
         for ours, theirs in zip(one[1], other[1], strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=0)
-    assert [found.status] == ([message(file) for file in CASES[name]["status"]] or [None])
+    (status,) = [message(file) for file in CASES[name]["status"]] or [None]
+    assert without_words(found.status) == without_words(status)
     assert CASES[name]["code"] == code_pb2.Code.Name(0 if found.status is None else found.status.code)
 
 
@@ -98,3 +113,9 @@ def test_other_picks_are_seen(channel):
     request.stop.max_items = 1
     (answer,) = testdata.replay(channel, testdata.UNARY, [request.SerializeToString()]).answers
     assert without_scores(answer)[0] != without_scores(message("margin.response.binpb"))[0]
+
+
+def test_other_errors_are_seen():
+    names = ("missing_input", "not_a_number", "stream_damaged")
+    assert len({repr(without_words(message(f"{name}.status.binpb"))) for name in names}) == len(names)
+    assert without_words(message("missing_input.status.binpb")) != without_words(None)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -105,26 +106,71 @@ def test_stored_requests_are_answered_as_is_stored(program, server):
 
 
 class Answers(selection_pb2_grpc.SelectionServiceServicer):
-    """A server that answers anything by what is stored."""
+    """A server that answers by what is stored. ends: what a stream is told after its start."""
+
+    def __init__(self, ends=None) -> None:
+        self._ends = ends
 
     def Select(self, request, context):
         return selection_pb2.SelectResponse.FromString((TESTDATA / "two_rows.response.binpb").read_bytes())
 
+    def SelectStream(self, request_iterator, context):
+        next(request_iterator)
+        yield from self._ends(request_iterator, context)
 
-def test_it_passes_over_a_server_that_says_it_is_not_ready(program):
-    """The service config that docs/clients.md shows: a call goes to a server whose health says SERVING, or fails."""
+
+@contextmanager
+def answering(ends=None) -> Iterator[tuple[str, health.HealthServicer]]:
+    """Where such a server listens, and its health."""
     states, own = health.HealthServicer(), grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
-    selection_pb2_grpc.add_SelectionServiceServicer_to_server(Answers(), own)
+    selection_pb2_grpc.add_SelectionServiceServicer_to_server(Answers(ends), own)
     health_pb2_grpc.add_HealthServicer_to_server(states, own)
     port = own.add_insecure_port("127.0.0.1:0")
     own.start()
-    command = [program, f"127.0.0.1:{port}", TESTDATA / "two_rows.request.binpb"]
     try:
+        yield f"127.0.0.1:{port}", states
+    finally:
+        own.stop(0).wait()
+
+
+def admitted(**told) -> selection_pb2.SelectStreamResponse:
+    return selection_pb2.SelectStreamResponse(admitted=told)
+
+
+def refused(chunks, context):
+    yield admitted(recommended_chunk_bytes=1)
+    next(chunks)
+    context.abort(grpc.StatusCode.ABORTED, "refused in mid-upload")
+
+
+def forgotten(chunks, context):
+    yield admitted(recommended_chunk_bytes=4096)
+
+
+def without_a_length(chunks, context):
+    yield admitted()
+    context.abort(grpc.StatusCode.ABORTED, f"{sum(len(each.chunk.data) for each in chunks)} bytes came")
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [(refused, "refused in mid-upload"), (forgotten, "EOF|before its answer"), (without_a_length, "16000 bytes came")],
+)
+def test_it_tells_how_a_stream_ended(program, ends, words):
+    with answering(ends) as (target, states):
+        states.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        done = subprocess.run([program, target], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert re.search(words, done.stderr)
+
+
+def test_it_passes_over_a_server_that_says_it_is_not_ready(program):
+    """The service config that docs/clients.md shows: a call goes to a server whose health says SERVING, or fails."""
+    with answering() as (target, states):
+        command = [program, target, TESTDATA / "two_rows.request.binpb"]
         states.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode != 0
         assert "health" in done.stderr
         states.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         assert "two_rows" in run(*command, timeout=120)
-    finally:
-        own.stop(0).wait()

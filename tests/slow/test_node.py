@@ -6,14 +6,17 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import trustme
 
 from queryselect import Client, _tokens
+from queryselect.v1 import selection_pb2, selection_pb2_grpc
 from tests.slow import pool
 from tests.slow.servers import Served, served, wait_for
 
@@ -294,3 +297,141 @@ client.close();"""
     told, tries = said(folder, code, server.target)
     assert (told["code"], told["reason"], tries) == ("DATA_LOSS", "DATA_LOSS", 2)  # tried again, once
     server.until_free()
+
+
+#: Rows are scored as they come, and what the server needs for them comes in the wrong order in the request.
+ORDERS = {
+    "rows of two tensors": ("{ embeddings, logits }", "{ expected_gradient_length: {} }"),
+    "a list of rows": ("{ logits, excluded }", "{ margin: {} }"),
+    "a long list of rows": ("{ logits, excluded: many }", "{ margin: {} }"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_server_holds_little_of_a_pool_that_it_scores_as_it_comes(folder, order):
+    """A pool of 58 MB or more, where there is room for 42."""
+    inputs, strategy = ORDERS[order]
+    code = f"""
+const N = 600_000;
+const tall = (columns) => tensor(Float32Array.from({{ length: N * columns }}, (_, at) => at % 97), [N, columns]);
+const [embeddings, logits] = [tall(24), tall(24)];
+const [excluded, many] = [20_000, 590_000].map((count) => rows(Array.from({{ length: count }}, (_, row) => row)));
+const client = new Client(target);
+const request = {{ pool: {inputs}, strategy: {strategy}, stop: {{ max_items: 1 }}, validate_only: true }};
+say(await asked(() => client.stream(request)));
+client.close();"""
+    with served("--max-host-bytes", str(40 << 20)) as running:
+        told = said(folder, code, running.target)
+    assert "answer" in told, told
+
+
+def test_names_that_the_proto_does_not_have_are_told(folder):
+    """protobuf.js leaves them out, and rows that were to be left alone would be chosen."""
+    code = """
+const client = new Client('localhost:1');
+const good = { pool: { num_rows: 5 }, strategy: { random: {} }, stop: { max_items: 1 } };
+const wrong = [
+  { exclude: 1 }, { pool: { exclude: rows([1]) } }, { task: 'MULTI' }, { returns: ['POOL_SCORES'] }, { seed: 'x' },
+  { strategy: { bait: { rigde: 2 } } }, { pool: { quotas: [{ limits: [{ value: 1, most: 2 }] }] } },
+  { pool: { labeled: { ...rows([1]), data: new Int32Array(2) } } },
+  { strategy: { custom: { name: 'sleepy', parameters: { fields: { seconds: { number_value: 60 } } } } } },
+];
+const right = [
+  { seed: 5n }, { seed: 0 }, { task: undefined }, { returns: [] }, { pool: { inputs: {}, labeled: rows([]) } },
+  { request_id: 'a' }, { task: 'TASK_MULTILABEL', validate_only: false }, { task: 2 },
+  { pool: { ids: { strings: { values: ['a', ''] } } } },
+];
+const told = [];
+for (const each of [...wrong, ...right]) {
+  for (const way of ['select', 'stream']) told.push((await asked(() => client[way]({ ...good, ...each }))));
+}
+say({ names: told.map((each) => each.name), messages: told.map((each) => each.message), wrong: wrong.length });
+client.close();"""
+    told = said(folder, code)
+    wrong = 2 * told["wrong"]
+    assert set(told["names"][:wrong]) == {"TypeError"}
+    assert set(told["names"][wrong:]) == {"QuerySelectError"}  # there is no server
+    assert [message.split(" ")[0] for message in told["messages"][:wrong:2]] == [
+        *("exclude", "pool.exclude.dtype", "task", "returns[0]", "seed", "strategy.bait.rigde"),
+        *("pool.quotas[0].limits[0].most", "pool.labeled.data"),
+        "strategy.custom.parameters.fields.seconds.number_value",
+    ]
+
+
+def test_what_fails_while_chunks_are_made_is_raised(folder, server):
+    code = """
+import zlib from 'node:zlib';
+zlib.crc32 = () => { throw new Error('mine'); };
+const client = new Client(target);
+const request = {
+  pool: { embeddings: tensor(new Float32Array(800_000), [100_000, 8]) },
+  strategy: { k_center_greedy: {} }, stop: { max_items: 2 },
+};
+say(await asked(() => client.stream(request)));
+client.close();"""
+    assert said(folder, code, server.target)["message"] == "mine"
+    server.until_free()
+
+
+def test_a_refusal_in_mid_upload_is_told(folder, server):
+    """The first row is wrong, and 120 MB would follow."""
+    code = """
+const values = new Float32Array(30_000_000);
+values[0] = NaN;
+const client = new Client(target);
+const request = { pool: { logits: tensor(values, [3_000_000, 10]) }, strategy: { margin: {} }, stop: { max_items: 1 } };
+say(await asked(() => client.stream(request)));
+client.close();"""
+    told = said(folder, code, server.target)
+    assert (told["code"], told["field"], told["retryable"]) == ("INVALID_ARGUMENT", "pool.logits", False)
+
+
+def test_a_server_that_dies_in_mid_upload_is_unavailable(folder):
+    code = """
+const client = new Client(target);
+const values = new Float32Array(75_000_000);
+const request = { pool: { embeddings: tensor(values, [750_000, 100]) }, strategy: { k_center_greedy: {} },
+                  stop: { max_items: 1 } };
+let begun = false;
+const onProgress = () => { if (!begun) say(begun = true); };
+say(await asked(() => client.stream(request, { onProgress })));
+client.close();"""
+    with served() as running, begun(folder, code, running.target) as program:
+        assert json.loads(program.stdout.readline()) is True
+        running.process.kill()
+        told = json.loads(program.stdout.readline())
+        assert program.wait(60) == 0
+    assert (told["name"], told["code"], told["retryable"]) == ("QuerySelectError", "UNAVAILABLE", True)
+
+
+class Odd(selection_pb2_grpc.SelectionServiceServicer):
+    """What a proxy in between may make of calls: details that are none, and a stream that ends before its answer."""
+
+    def Select(self, request, context):
+        context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff\xff garbage"),))
+        context.abort(grpc.StatusCode.UNAVAILABLE, "a proxy's words")
+
+    def SelectStream(self, request_iterator, context):
+        next(request_iterator)
+        yield selection_pb2.SelectStreamResponse(admitted={})
+        if not sum(len(each.chunk.data) for each in request_iterator):
+            context.abort(grpc.StatusCode.ABORTED, "nothing came")
+
+
+def test_what_no_server_of_ours_answers_ends_no_program(folder):
+    code = """
+const client = new Client(target);
+const request = { pool: { embeddings: tensor(new Float32Array(80_000), [10_000, 8]) } };
+say([await asked(() => client.select(request)), await asked(() => client.stream(request))]);
+client.close();"""
+    own = grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
+    selection_pb2_grpc.add_SelectionServiceServicer_to_server(Odd(), own)
+    port = own.add_insecure_port("127.0.0.1:0")
+    own.start()
+    try:
+        select, stream = said(folder, code, f"127.0.0.1:{port}")
+    finally:
+        own.stop(0).wait()
+    told = [(each["name"], each["code"], each["reason"], each["retryable"]) for each in (select, stream)]
+    assert told == [("QuerySelectError", "UNAVAILABLE", "", True), ("QuerySelectError", "DATA_LOSS", "", True)]
+    assert "proxy" in select["message"]
