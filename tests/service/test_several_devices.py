@@ -207,7 +207,6 @@ def broken(monkeypatch):
     devices, hang = set(), threading.Event()
     hang.set()
     monkeypatch.setattr(server, "PROBE_EVERY", 0.05)
-    monkeypatch.setattr(server, "PROBE_WAIT", 0.2)
 
     def probe(one: Device) -> None:
         if one in devices:
