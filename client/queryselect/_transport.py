@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import grpc
 from numpy.typing import NDArray
 
-from queryselect._errors import Cancelled, DataLoss, from_rpc, from_status
+from queryselect._errors import Cancelled, DataLoss, Unavailable, from_rpc, from_status
 from queryselect._picks import enum_name
 from queryselect._request import Prepared
 from queryselect._upload import Download, Upload, serialize
@@ -43,6 +44,8 @@ ANSWER_BYTES = 256 * MIB
 #: How requests are shared among servers where the target names several, as a headless Service of Kubernetes does: in
 #: turn, and none to a server that says that it is not ready, so that one that drains is left before it refuses.
 BALANCED = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": _SERVICE}}
+#: gRPC's words where servers are there and none is known to be ready.
+_UNREADY = re.compile("backend unhealthy|health check call failed")
 #: Targets that never leave this machine.
 _LOOPBACK = re.compile(r"(dns:/*|ipv4:|ipv6:)?(localhost|127\.[\d.]+|\[::1\]|::1)(:\d+)?$|unix:")
 
@@ -82,53 +85,86 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
+class Stubs:
+    """What a server can be asked over one channel."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.selection = selection_pb2_grpc.SelectionServiceStub(channel)
+        # Beside the generated one, which would copy a chunk's bytes twice more.
+        self.select_stream = channel.stream_stream(
+            f"/{_SERVICE}/SelectStream", serialize, selection_pb2.SelectStreamResponse.FromString
+        )
+        self.strategy = strategy_pb2_grpc.StrategyServiceStub(channel)
+        self.server = server_pb2_grpc.ServerServiceStub(channel)
+
+
 class Remote:
-    """A server, over gRPC."""
+    """A server, over gRPC; where its name leads to several, those that are ready, in turn.
+
+    Where none says that it is ready, one is asked all the same. It says why it is not, where gRPC would not; and behind
+    a proxy, which may send health's question to one server and the next request to another, or let it through to none,
+    the answer of health is not everyone's.
+    """
 
     def __init__(self, target: str, *, token: str | None, tls: bool | grpc.ChannelCredentials | None) -> None:
         options = [
             ("grpc.max_send_message_length", -1),  # what is too large, the server says
             ("grpc.max_receive_message_length", ANSWER_BYTES),
             ("grpc.enable_retries", 0),  # the client retries by itself: gRPC's own forgets requests over 256 KiB
-            ("grpc.service_config", json.dumps(BALANCED)),
+            # A channel that has lost its servers tries to reach them by itself, by gRPC's defaults after a second first
+            # and every two minutes in the end: so long after they are back calls would fail, and at once.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 5_000),
         ]
+        balanced = [*options, ("grpc.service_config", json.dumps(BALANCED))]
         if tls:
             credentials = grpc.ssl_channel_credentials() if tls is True else tls
-            self._channel = grpc.secure_channel(target, credentials, options)
+            channels = [grpc.secure_channel(target, credentials, each) for each in (balanced, options)]
         else:
-            self._channel = grpc.insecure_channel(target, options)
             if token and not _LOOPBACK.match(target):
                 raise ValueError(f"a token would travel in clear text to {target}; use tls")
+            channels = [grpc.insecure_channel(target, each) for each in (balanced, options)]
         if token and not (token.isascii() and token.isprintable()):
             raise ValueError("a token has printable ASCII characters only; this one has others, perhaps a line break")
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._selection = selection_pb2_grpc.SelectionServiceStub(self._channel)
-        # Beside the generated one, which would copy a chunk's bytes twice more.
-        self._select_stream = self._channel.stream_stream(
-            f"/{_SERVICE}/SelectStream", serialize, selection_pb2.SelectStreamResponse.FromString
-        )
-        self._strategy = strategy_pb2_grpc.StrategyServiceStub(self._channel)
-        self._server = server_pb2_grpc.ServerServiceStub(self._channel)
+        self._ready, self._any = map(Stubs, channels)  # a channel connects when it is first asked
 
     def select(self, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report) -> Response:
         """One unary call with every array inside, or a stream where there is much to send or to be sent back."""
-        if max(prepared.num_bytes, prepared.answer_bytes) > UNARY_BYTES:
-            return self._stream(prepared, timeout, cancel, report)
+        way = self._stream if max(prepared.num_bytes, prepared.answer_bytes) > UNARY_BYTES else self._unary
+        return self._asked(lambda stubs, left: way(stubs, prepared, left, cancel, report), timeout)
+
+    def _asked(self, ask: Callable[[Stubs, float | None], Answer], timeout: float | None) -> Answer:
+        """The answer of a server that is ready or, where none is known to be, of any."""
+        began = time.monotonic()
+        try:
+            return ask(self._ready, timeout)
+        except Unavailable as error:
+            if not _UNREADY.search(str(error)):
+                raise
+        return ask(self._any, None if timeout is None else timeout - (time.monotonic() - began))
+
+    def _unary(
+        self, stubs: Stubs, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report
+    ) -> Response:
         report("selecting", 0, prepared.message.stop.max_items)  # a unary call tells nothing on its way
         prepared.inline()
         request_id = prepared.message.request_id
         call = _begun(
-            self._selection.Select.future, prepared.message, timeout=timeout, metadata=self._named(request_id)
+            stubs.selection.Select.future, prepared.message, timeout=timeout, metadata=self._named(request_id)
         )
         cancel.attach(call.cancel)
         return _result(call.result, prepared.message.request_id), {}
 
-    def _stream(self, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report) -> Response:
+    def _stream(
+        self, stubs: Stubs, prepared: Prepared, timeout: float | None, cancel: Cancel, report: Report
+    ) -> Response:
         upload, download = Upload(prepared), Download()
         if upload.num_bytes:
             report("receiving", 0, upload.num_bytes)
         request_id = prepared.message.request_id
-        call = _begun(self._select_stream, iter(upload), timeout=timeout, metadata=self._named(request_id))
+        call = _begun(stubs.select_stream, iter(upload), timeout=timeout, metadata=self._named(request_id))
         cancel.attach(call.cancel)
 
         def listen() -> None:
@@ -161,16 +197,27 @@ class Remote:
     def list_strategies(self, timeout: float | None) -> strategy_pb2.ListStrategiesResponse:
         """Asks for the strategies."""
         request = strategy_pb2.ListStrategiesRequest()
-        return _result(lambda: self._strategy.ListStrategies(request, timeout=timeout, metadata=self._metadata))
+        return self._asked(
+            lambda stubs, left: _result(
+                lambda: stubs.strategy.ListStrategies(request, timeout=left, metadata=self._metadata)
+            ),
+            timeout,
+        )
 
     def server_info(self, timeout: float | None) -> server_pb2.GetServerInfoResponse:
         """Asks for the description."""
         request = server_pb2.GetServerInfoRequest()
-        return _result(lambda: self._server.GetServerInfo(request, timeout=timeout, metadata=self._metadata))
+        return self._asked(
+            lambda stubs, left: _result(
+                lambda: stubs.server.GetServerInfo(request, timeout=left, metadata=self._metadata)
+            ),
+            timeout,
+        )
 
     def close(self) -> None:
-        """Closes the channel; running calls are cancelled."""
-        self._channel.close()
+        """Closes the channels; running calls are cancelled."""
+        for each in (self._ready, self._any):
+            each.channel.close()
 
 
 def _begun(start: Callable[..., Any], message: Any, **options: Any) -> Any:

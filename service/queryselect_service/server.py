@@ -22,6 +22,7 @@ from queryselect_service import allocator, logs, status, tls
 from queryselect_service.device import Device
 from queryselect_service.endpoint import Endpoint
 from queryselect_service.errors import Unauthenticated
+from queryselect_service.health import Health
 from queryselect_service.metrics import Metrics
 from queryselect_service.patience import Patience
 from queryselect_service.service import Service
@@ -184,15 +185,15 @@ class Watched:
         return time.monotonic() - self.told > PROBE_EVERY + PROBE_WAIT
 
 
-class DeviceHealth(health.HealthServicer):
+class DeviceHealth(Health):
     """Health whose readiness follows the devices: one that works is enough.
 
     A thread for each probes it by a tiny operation now and then; one that does not answer in time is not ready either.
     Liveness, the empty name, asks nothing of a device.
     """
 
-    def __init__(self, devices: Sequence[Device], services: Sequence[str]) -> None:
-        super().__init__()
+    def __init__(self, devices: Sequence[Device], services: Sequence[str], patience: Patience) -> None:
+        super().__init__(patience)
         self.watched = [Watched(each) for each in devices]
         self._services, self._closed, self._telling = services, threading.Event(), threading.Lock()
         self._ready = True
@@ -224,6 +225,7 @@ class DeviceHealth(health.HealthServicer):
     def close(self) -> None:
         """Probes no more."""
         self._closed.set()
+        super().close()
 
     def _watch(self, one: Watched) -> None:
         device = one.device
@@ -294,7 +296,7 @@ def start(settings: Settings) -> Server:
     metrics = Metrics(service.engine)
     frontend = Frontend(service, metrics, tracing)
     names = add_services(frontend, server)
-    checks = DeviceHealth(service.engine.devices, names)
+    checks = DeviceHealth(service.engine.devices, names, frontend.patience)
     metrics.ready.set_function(lambda: checks.ready)
     for each in checks.watched:
         metrics.device_ready.labels(str(each.device)).set_function(each.ready)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
+import grpc
 import numpy as np
 import pytest
 
-from queryselect import Client, Custom
+from queryselect import Client, Custom, QuerySelectError, Unavailable
+from queryselect._transport import UNARY_BYTES
 from queryselect_service import server
 from queryselect_service.settings import Settings
 from tests import plugins
 from tests.waiting import until
 
 P = np.random.default_rng(0).dirichlet(np.ones(4), 20)
+LARGE = 20 * (UNARY_BYTES // P.nbytes + 1)
 
 
 @pytest.fixture
@@ -106,3 +111,64 @@ def test_without_a_limit_a_connection_stays(begin):
     with Client(f"127.0.0.1:{own.port}") as client:
         ask(client, 30)
     assert len(set(peers)) == 1
+
+
+def test_where_none_is_ready_one_says_why(begin, monkeypatch):
+    """And what it is can still be asked."""
+    (one, _), (two, _) = begin(), begin()
+    with Client(together(one, two), retries=0) as client:
+        ask(client, 2)
+        for each in (one, two):
+            each.health.enter_graceful_shutdown()
+        monkeypatch.setattr(one.frontend, "_draining", True)
+        monkeypatch.setattr(two.frontend, "_draining", True)
+        for size in (20, LARGE):  # in one message, and in a stream
+            told: list[QuerySelectError] = []
+
+            def refused(size=size, told=told):
+                with pytest.raises(Unavailable) as caught:
+                    client.select("margin", 2, probabilities=np.tile(P, (size // 20, 1)))
+                told.append(caught.value)
+                return len(told) == 5
+
+            assert until(refused)
+            assert {str(each) for each in told} == {"this server is stopping; try another"}
+        monkeypatch.setattr(one.frontend, "_draining", False)
+        monkeypatch.setattr(two.frontend, "_draining", False)
+        assert client.server_info().version
+        assert client.strategies()
+
+
+def test_a_proxy_that_lets_no_stranger_ask_for_health_does_not_keep_clients_away(begin, monkeypatch):
+    """Health's question carries no token."""
+
+    def refuse(_self, _request, context, _send):
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you?")
+
+    monkeypatch.setattr(server.DeviceHealth, "Watch", refuse)
+    own, peers = begin()
+    with Client(f"127.0.0.1:{own.port}", retries=0) as client:
+        ask(client, 3)
+    assert len(peers) == 4  # and strategies once
+
+
+def test_one_that_comes_back_is_found_soon():
+    """A channel tries to connect by itself while nobody asks; at gRPC's own pace it would be up to two minutes late."""
+    tries = []
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def shut() -> None:
+            with suppress(OSError):
+                while True:
+                    visitor, _ = door.accept()
+                    tries.append(time.monotonic())
+                    visitor.close()
+
+        thread = threading.Thread(target=shut, daemon=True)
+        thread.start()
+        with Client(f"127.0.0.1:{door.getsockname()[1]}", retries=0) as client:
+            with pytest.raises(Unavailable):
+                client.server_info()
+            assert until(lambda: len(tries) >= 6, 8)
+        door.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
