@@ -1,5 +1,5 @@
 # Two commands do all the set-up on a fresh machine: make demo, make test. Both need Python 3.11 or newer and a package
-# index. make check also needs Node.
+# index. make check also needs Node; make slow Node 20.15, and the right to install packages of Debian 12.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -27,8 +27,9 @@ from tests import plugins  # noqa: F401  # registers them
 from tests.service.test_errors import detail
 
 IMAGE = Path(__file__).parent.parent / "data" / "proto-0.1.0.binpb"
+FILES = FileDescriptorSet.FromString(IMAGE.read_bytes()).file
 RELEASED = descriptor_pool.DescriptorPool()
-for file in FileDescriptorSet.FromString(IMAGE.read_bytes()).file:
+for file in FILES:
     RELEASED.Add(file)
 
 
@@ -76,6 +77,33 @@ def strange(message: Message) -> bool:
     plain.CopyFrom(message)
     plain.DiscardUnknownFields()
     return plain.SerializeToString(deterministic=True) != message.SerializeToString(deterministic=True)
+
+
+def of_files(pool: descriptor_pool.DescriptorPool) -> dict[str, tuple[Any, ...]]:
+    """What travels of the fields, enum values and methods in the files of 0.1.0, as a pool knows them."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for each in (pool.FindFileByName(file.name) for file in FILES if file.package.startswith("queryselect.")):
+        for message in each.message_types_by_name.values():
+            for field in message.fields:
+                kind = field.message_type or field.enum_type
+                found[field.full_name] = (
+                    *(field.number, field.type, field.is_repeated, field.has_presence),
+                    *(kind and kind.full_name, field.containing_oneof and field.containing_oneof.name),
+                )
+        for enum in each.enum_types_by_name.values():
+            found |= {f"{enum.full_name}.{value.name}": (value.number,) for value in enum.values}
+        for service in each.services_by_name.values():
+            for method in service.methods:
+                types = (method.input_type.full_name, method.output_type.full_name)
+                found[method.full_name] = (*types, method.client_streaming, method.server_streaming)
+    return found
+
+
+def test_all_that_was_released_travels_as_it_did():
+    now = of_files(descriptor_pool.Default())
+    was = of_files(RELEASED)
+    assert len(was) > 100
+    assert {name: now.get(name) for name in was} == was
 
 
 # An old client and this server
