@@ -53,6 +53,8 @@ class Device:
         self.seen: tuple[float, dict[str, int]] = (-math.inf, {})
         #: The bytes of its own memory that requests may fill; None where it has none but the host's.
         self.capacity: int | None = None
+        #: The bytes of it that are set aside for those whose work has begun here and will go on here, by whom.
+        self._held: dict[object, int] = {}
         self._thread: threading.Thread | None = None
         if self.is_gpu:
             self.probe()  # a device that is not there is told of as such
@@ -107,12 +109,26 @@ class Device:
     def may_take(self, job: Job[Any]) -> bool:
         """Whether a job is for this device: begun here, or such as it has room for, while it works.
 
-        What waits where no device works fails at the first that takes it.
+        What waits where no device works that has room for it fails at the first that takes it.
         """
         if job.device is not None:
             return job.device is self
-        fits = self.capacity is None or job.needs <= self.capacity
-        return fits and (not self.lost.is_set() or all(each.lost.is_set() for each in self._others))
+        if not self.takes(job.needs + sum(list(self._held.values()))):
+            return False
+        return not self.lost.is_set() or all(each.lost.is_set() for each in self._others if each.takes(job.needs))
+
+    def hold(self, who: object, nbytes: int) -> None:
+        """Has so many bytes be theirs, whose work has begun here, until they are released."""
+        self._held[who] = nbytes
+
+    def release(self, who: object) -> None:
+        """Nothing is theirs any more."""
+        self._held.pop(who, None)
+        self._queue.stir()
+
+    def takes(self, nbytes: int) -> bool:
+        """Whether it has room for so many bytes while it is empty."""
+        return self.capacity is None or nbytes <= self.capacity
 
     def move(self, x: Tensor, check: Callable[[], None]) -> Tensor:
         """`x` on the device.

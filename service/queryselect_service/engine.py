@@ -188,6 +188,8 @@ class Place:
             self.call.leave()
             self._job.outcome.exception()  # waits
             self._job.forget()
+        if self._device is not None:
+            self._device.release(self)
         for room, _ in self._rooms:
             room.leave(self.call)
 
@@ -283,6 +285,7 @@ class Place:
         """The work, in the device's thread."""
         self.times.end("queue")
         self._device, self.call.device, self.call.begun = device, str(device), True
+        device.hold(self, self._own)
         try:
             self.call.check()
             if device.is_gpu:

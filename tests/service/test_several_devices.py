@@ -18,7 +18,7 @@ from queryselect_service.device import Device, find
 from queryselect_service.engine import Engine
 from queryselect_service.queue import Job, Queue, Room
 from queryselect_service.settings import Settings
-from tests.service.streams import ask, free, long_request, whole
+from tests.service.streams import Talk, ask, free, long_request, whole
 from tests.service.test_errors import FAR, detail, request, sleepy
 from tests.service.test_queue import job
 from tests.waiting import until
@@ -137,6 +137,46 @@ def test_a_device_takes_what_it_has_room_for():
     assert [each.may_take(job) for each in (small, large)] == [False, True]
     small.capacity = None  # the host's, which is looked after elsewhere
     assert small.may_take(job)
+
+
+def test_what_others_keep_on_a_device_is_not_there_for_a_job():
+    """Streams keep scores on a device between their turns; what is admitted fits all devices together, not each."""
+    first, second = Engine(Settings(device=TWO)).devices
+    first.capacity = second.capacity = 20
+    stream, job = object(), Job(lambda _: None, 1, needs=15)
+    first.hold(stream, 6)
+    assert [each.may_take(job) for each in (first, second)] == [False, True]
+    own = Job(lambda _: None, 1, needs=15, device=first)
+    assert first.may_take(own)
+    first.hold(stream, 5)
+    assert first.may_take(job)
+    first.hold(stream, 6)
+    first.release(stream)
+    assert first.may_take(job)
+
+
+def test_a_device_has_what_a_stream_needs_until_the_stream_ends(serve):
+    own, channel = serve()
+    engine = own.frontend.service.engine
+    (device,) = engine.devices
+    device.capacity = 1 << 30
+    engine.own_memory = Room("cpu", 5, device.capacity)
+    first, *rest = whole(long_request("margin"), 1 << 14)
+    with Talk(channel, first) as talk:
+        talk.send(*rest[5:], *rest[:4])  # lists first, without which no row is scored; the last rows are still to come
+        assert until(lambda: device._held)
+        assert sum(device._held.values()) == engine.own_memory.reserved
+    assert until(lambda: not device._held)
+    free(own)
+
+
+def test_a_job_whose_only_device_is_lost_is_taken_and_fails():
+    """The others have no room for it: it would wait for nothing."""
+    small, large = Engine(Settings(device=TWO)).devices
+    small.capacity, large.capacity = 10, 20
+    large.lose()
+    assert [each.may_take(Job(lambda _: None, 1, needs=15)) for each in (small, large)] == [False, True]
+    assert [each.may_take(Job(lambda _: None, 1, needs=5)) for each in (small, large)] == [True, False]
 
 
 def test_a_room_of_several_devices_takes_nothing_larger_than_one():
