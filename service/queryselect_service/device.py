@@ -113,9 +113,9 @@ class Device:
         """
         if job.device is not None:
             return job.device is self
-        if not self._takes(job.needs + sum(list(self._held.values()))):
+        if not self.takes(job.needs + sum(list(self._held.values()))):
             return False
-        return not self.lost.is_set() or all(each.lost.is_set() for each in self._others if each._takes(job.needs))
+        return not self.lost.is_set() or all(each.lost.is_set() for each in self._others if each.takes(job.needs))
 
     def hold(self, who: object, nbytes: int) -> None:
         """Has so many bytes be theirs, whose work has begun here, until they are released."""
@@ -126,7 +126,8 @@ class Device:
         self._held.pop(who, None)
         self._queue.stir()
 
-    def _takes(self, nbytes: int) -> bool:
+    def takes(self, nbytes: int) -> bool:
+        """Whether it has room for so many bytes while it is empty."""
         return self.capacity is None or nbytes <= self.capacity
 
     def move(self, x: Tensor, check: Callable[[], None]) -> Tensor:

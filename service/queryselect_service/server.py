@@ -242,8 +242,12 @@ class DeviceHealth(Health):
 
     def _listen(self) -> None:
         """Tells those who watch of a device that hangs: its own thread hangs with it."""
+        silent = set[Watched]()
         while not self._closed.wait(PROBE_EVERY):
-            self._tell()
+            told, before, silent = self._tell(), silent, {each for each in self.watched if each.silent}
+            for each in silent - before:
+                if not told:  # others work
+                    log.error("%s does not answer", each.device)
 
     def _note(self, one: Watched, *, works: bool, why: str = "") -> None:
         changed, one.works, one.told = works != one.works, works, time.monotonic()

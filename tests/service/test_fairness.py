@@ -147,6 +147,7 @@ def test_health_answers_while_every_thread_of_selections_is_taken(serve, peers):
     for each in streams:
         each.cancel()
     stop.set()
+    assert until(lambda: not own.frontend._selecting.taken)
     serves(own, channel)
 
 
