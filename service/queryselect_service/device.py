@@ -23,8 +23,8 @@ STAGE_BYTES = 32 << 20
 def find(names: str) -> list[torch.device]:
     """The devices of the setting: `auto`, or names separated by commas, of which `cuda` stands for every GPU.
 
-    Raises ValueError for a name that torch does not know, or a GPU that is named twice; of `cpu` each is one more
-    selection at a time.
+    Raises ValueError for a name that torch does not know, a GPU that is named twice, or GPUs beside the CPU; of `cpu`
+    each is one more selection at a time.
     """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if names == "auto":
@@ -38,6 +38,8 @@ def find(names: str) -> list[torch.device]:
     twice = {str(each) for each in found if each.type != "cpu" and found.count(each) > 1}
     if twice:
         raise ValueError(f"device names {', '.join(sorted(twice))} twice")
+    if len({each.type for each in found}) > 1:  # memory is counted in one way or the other
+        raise ValueError(f"device names GPUs or the CPU, not both; it is {names!r}")
     return found
 
 

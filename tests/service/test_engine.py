@@ -111,6 +111,7 @@ def test_health_and_descriptions_never_wait():
     with serving(max_queue=12, max_streams_per_peer=100) as (started, client):
         running = busy_device(client, 2.5)
         waiting = [client.submit("random", 1, num_rows=5) for _ in range(12)]
+        assert until(lambda: started.frontend.service.engine.host.taken == 13)  # before others want the places
         stop = threading.Event()
 
         def say_nothing():

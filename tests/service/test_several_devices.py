@@ -62,6 +62,7 @@ def test_names_of_devices(monkeypatch, names, here, found):
         ("cpu,", "device must be auto or names of torch; it is 'cpu,'"),
         ("cuda:0,cuda:0", "device names cuda:0 twice"),
         ("cuda,cuda:1", "device names cuda:1 twice"),
+        ("cuda:0,cpu", "device names GPUs or the CPU, not both; it is 'cuda:0,cpu'"),
     ],
 )
 def test_names_that_are_none(monkeypatch, names, words):
