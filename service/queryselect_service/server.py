@@ -7,7 +7,6 @@ import logging
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -19,10 +18,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from queryselect_service import allocator, logs, status, tls
-from queryselect_service.device import Device
 from queryselect_service.endpoint import Endpoint
 from queryselect_service.errors import Unauthenticated
-from queryselect_service.health import Health
+from queryselect_service.health import DeviceHealth
 from queryselect_service.metrics import Metrics
 from queryselect_service.patience import Patience
 from queryselect_service.service import Service
@@ -54,8 +52,6 @@ HEADER_BYTES = 1 << 20
 LAST_WORDS = 2.0
 #: How often a silent client is asked whether it is there, in milliseconds.
 KEEPALIVE_MS = 20_000
-#: How often the device is probed, and how long who asks for health waits for an answer of it, in seconds.
-PROBE_EVERY, PROBE_WAIT = 1.0, 2.0
 #: RPCs that one connection may have open beyond those that may wait: these are told that there is no room, and not
 #: without end, since each takes memory before it is looked at.
 RPCS_BEYOND = 128
@@ -167,109 +163,6 @@ class Lenient:
             return type(self._instead).FromString(data)
         except DecodeError:
             return self._instead
-
-
-class Watched:
-    """A device, whether it worked when it was looked at last, and when that was."""
-
-    def __init__(self, device: Device) -> None:
-        self.device, self.told, self.works = device, time.monotonic(), True
-
-    def ready(self) -> bool:
-        """Whether it works, and has not been silent for too long."""
-        return self.works and not self.silent
-
-    @property
-    def silent(self) -> bool:
-        """Whether it has not answered for too long."""
-        return time.monotonic() - self.told > PROBE_EVERY + PROBE_WAIT
-
-
-class DeviceHealth(Health):
-    """Health whose readiness follows the devices: one that works is enough.
-
-    A thread for each probes it by a tiny operation now and then; one that does not answer in time is not ready either.
-    Liveness, the empty name, asks nothing of a device.
-    """
-
-    def __init__(self, devices: Sequence[Device], services: Sequence[str], patience: Patience) -> None:
-        super().__init__(patience)
-        self.watched = [Watched(each) for each in devices]
-        self._services, self._closed, self._telling = services, threading.Event(), threading.Lock()
-        self._ready = True
-        self._draining = False
-        for name in services:
-            self.set(name, health_pb2.HealthCheckResponse.SERVING)
-        for each in self.watched:
-            threading.Thread(target=self._watch, args=(each,), name="health", daemon=True).start()
-        threading.Thread(target=self._listen, name="silence", daemon=True).start()
-
-    def Check(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
-    ) -> health_pb2.HealthCheckResponse:
-        """Answers a check."""
-        self._tell()
-        answer: health_pb2.HealthCheckResponse = super().Check(request, context)
-        return answer
-
-    @property
-    def ready(self) -> bool:
-        """Whether readiness is SERVING."""
-        return any(each.ready() for each in self.watched) and not self._draining
-
-    def enter_graceful_shutdown(self) -> None:
-        """Says NOT_SERVING from now on."""
-        self._draining = True
-        super().enter_graceful_shutdown()
-
-    def close(self) -> None:
-        """Probes no more."""
-        self._closed.set()
-        super().close()
-
-    def _watch(self, one: Watched) -> None:
-        device = one.device
-        while not self._closed.is_set():
-            try:
-                device.probe()
-                self._note(one, works=True)
-            except RuntimeError as error:
-                self._note(one, works=False, why=str(error))
-            if not one.works:
-                self._closed.wait(PROBE_EVERY)
-            elif device.lost.wait(PROBE_EVERY):  # a selection found it so: told at once, and looked at again
-                self._note(one, works=False, why=f"{device} is lost")
-
-    def _listen(self) -> None:
-        """Tells those who watch of a device that hangs: its own thread hangs with it."""
-        silent = set[Watched]()
-        while not self._closed.wait(PROBE_EVERY):
-            told, before, silent = self._tell(), silent, {each for each in self.watched if each.silent}
-            for each in silent - before:
-                if not told:  # others work
-                    log.error("%s does not answer", each.device)
-
-    def _note(self, one: Watched, *, works: bool, why: str = "") -> None:
-        changed, one.works, one.told = works != one.works, works, time.monotonic()
-        told = self._tell(why or f"{one.device} works")
-        if changed and not told:  # others work
-            log.log(logging.WARNING if works else logging.ERROR, "%s", why or f"{one.device} works again")
-
-    def _tell(self, why: str = "") -> bool:
-        """Sets the state of the services where it changes, and returns whether; those who watch it are told."""
-        with self._telling:
-            ready = any(each.ready() for each in self.watched)
-            if ready == self._ready:
-                return False
-            self._ready, states = ready, health_pb2.HealthCheckResponse
-            if ready:
-                log.warning("ready again: %s", why)
-            else:
-                silent = (f"{each.device} does not answer" for each in self.watched if each.silent)
-                log.error("not ready: %s", why or "; ".join(silent))
-            for name in self._services:
-                self.set(name, states.SERVING if ready else states.NOT_SERVING)
-            return True
 
 
 def start(settings: Settings) -> Server:

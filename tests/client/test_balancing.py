@@ -13,7 +13,7 @@ import pytest
 
 from queryselect import Client, Custom, QuerySelectError, Unavailable
 from queryselect._transport import UNARY_BYTES
-from queryselect_service import server
+from queryselect_service import health, server
 from queryselect_service.settings import Settings
 from tests import plugins
 from tests.waiting import until
@@ -145,7 +145,7 @@ def test_a_proxy_that_lets_no_stranger_ask_for_health_does_not_keep_clients_away
     def refuse(_self, _request, context, _send):
         context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you?")
 
-    monkeypatch.setattr(server.DeviceHealth, "Watch", refuse)
+    monkeypatch.setattr(health.DeviceHealth, "Watch", refuse)
     own, peers = begin()
     with Client(f"127.0.0.1:{own.port}", retries=0) as client:
         ask(client, 3)

@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 from queryselect import Client, Custom, Unavailable
 from queryselect.v1 import selection_pb2_grpc
 from queryselect_service import device as devices
-from queryselect_service import server, upload
+from queryselect_service import health, upload
 from tests.service.streams import Talk, free, serves, streamed
 from tests.service.test_errors import FAR, X, detail, request, sleepy, tensor
 from tests.waiting import until
@@ -41,8 +41,8 @@ def device(monkeypatch):
             one.lost.clear()
 
     made = Device()
-    monkeypatch.setattr(server, "PROBE_EVERY", 0.05)
-    monkeypatch.setattr(server, "PROBE_WAIT", 0.2)
+    monkeypatch.setattr(health, "PROBE_EVERY", 0.05)
+    monkeypatch.setattr(health, "PROBE_WAIT", 0.2)
 
     def probe(one: devices.Device) -> None:
         made.probe(one)
@@ -107,7 +107,7 @@ def test_readiness_follows_a_device_that_nobody_uses(serve, device, caplog):
     for broken, status in ((True, States.NOT_SERVING), (False, States.SERVING)):
         device.broken = broken
         until_health_is(channel, status)
-    told = [each.getMessage() for each in caplog.records if each.name == server.__name__]
+    told = [each.getMessage() for each in caplog.records if each.name == health.__name__]
     assert "not ready: device cuda:0 does not work: it is lost" in told
     assert told[-1] == "ready again: cpu works"
     assert len(told) <= 4, "changes are told, not states; another server of these tests tells them too"

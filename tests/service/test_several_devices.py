@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 
 from queryselect import Client
 from queryselect.v1 import selection_pb2_grpc, server_pb2, server_pb2_grpc
-from queryselect_service import server
+from queryselect_service import health
 from queryselect_service.device import Device, find
 from queryselect_service.engine import Engine
 from queryselect_service.queue import Job, Queue, Room
@@ -247,7 +247,7 @@ def broken(monkeypatch):
     """Devices that a test breaks by adding them, and by setting how: lost, or hanging."""
     devices, hang = set(), threading.Event()
     hang.set()
-    monkeypatch.setattr(server, "PROBE_EVERY", 0.05)
+    monkeypatch.setattr(health, "PROBE_EVERY", 0.05)
 
     def probe(one: Device) -> None:
         if one in devices:
@@ -263,7 +263,7 @@ def broken(monkeypatch):
     hang.set()
 
 
-def health(channel) -> int:
+def state(channel) -> int:
     return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=5).status
 
 
@@ -274,7 +274,7 @@ def test_while_one_works_the_server_is_ready_and_that_one_has_all_jobs(serve, br
     stub, queue = selection_pb2_grpc.SelectionServiceStub(channel), own.frontend.service.engine.queue
     devices.add(first)
     assert until(first.lost.is_set)
-    assert health(channel) == States.SERVING
+    assert state(channel) == States.SERVING
     running = [stub.Select.future(sleepy(seconds=20)) for _ in range(2)]
     assert until(lambda: (len(queue._running), len(queue)) == (1, 1))
     assert not until(lambda: len(queue) == 0, 0.2)
@@ -283,7 +283,7 @@ def test_while_one_works_the_server_is_ready_and_that_one_has_all_jobs(serve, br
     for each in running:
         each.cancel()
     free(own)
-    told = [each.getMessage() for each in caplog.records if each.name == server.__name__]
+    told = [each.getMessage() for each in caplog.records if each.name == health.__name__]
     assert told == ["device cpu does not work: it is lost", "cpu works again"]
     assert not second.lost.is_set()
 
@@ -293,13 +293,13 @@ def test_where_none_works_it_is_not_ready_and_says_so_at_once(serve, broken):
     own, channel = serve(device=TWO)
     stub = selection_pb2_grpc.SelectionServiceStub(channel)
     devices.update(own.frontend.service.engine.devices)
-    assert until(lambda: health(channel) == States.NOT_SERVING)
+    assert until(lambda: state(channel) == States.NOT_SERVING)
     with pytest.raises(grpc.RpcError) as caught:
         stub.Select(request(FAR))
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert detail(rpc_status.from_call(caught.value), error_details_pb2.ErrorInfo).reason == "DEVICE_LOST"
     devices.pop()
-    assert until(lambda: health(channel) == States.SERVING)
+    assert until(lambda: state(channel) == States.SERVING)
     assert stub.Select(request()).HasField("indices")
     free(own)
 
