@@ -224,7 +224,7 @@ class TestFormats:
             message.pool.samples_kind = selection_pb2.SAMPLES_KIND_LOGITS
             message.strategy.entropy.SetInParent()
             message.stop.max_items = 3
-            return client._transport._selection.Select(message)
+            return client._transport._ready.selection.Select(message)
 
         found = ask(dtype=tensor_pb2.DATA_TYPE_F32, shape=[500, 2, 2])
         by_value = local.select("entropy", budget=3, samples=LOGITS.reshape(500, 2, 2), samples_kind="LOGITS")
@@ -350,7 +350,7 @@ class TestRequests:
         message.pool.logits.ref.CopyFrom(write("l.npy", npy(LOGITS)))
         message.strategy.margin.SetInParent()
         message.stop.max_items = 3
-        answer = client._transport._selection.Select(message)
+        answer = client._transport._ready.selection.Select(message)
         assert [each.message for each in answer.warnings] == ["margin does not read pool.embeddings"]
 
     def test_bad_values_are_named(self, files):
